@@ -1,0 +1,62 @@
+"""What a node may ask for. Values; one place in the agent performs them."""
+
+from dataclasses import dataclass
+
+from coeld.ids import Lot, NodeId
+from coeld.messages import Message
+from coeld.routes import RouteTable
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """To every device that listens."""
+
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """To one device."""
+
+    to: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Listen to this neighbour's broker (embedded topology). Idempotent."""
+
+    node: NodeId
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadLots:
+    """Read these lots from disk into the engine; answered by LotsLoaded or LoadFailed."""
+
+    lots: tuple[Lot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DropLots:
+    """Free these lots once no call is using them; answered by LotsDropped."""
+
+    lots: tuple[Lot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapRoutes:
+    """Hand the data path a new table."""
+
+    table: RouteTable
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One line for the log: something people want to know."""
+
+    text: str
+
+
+Effect = Publish | Send | Connect | LoadLots | DropLots | SwapRoutes | Report

@@ -1,0 +1,88 @@
+"""What can happen to a node. The shell turns the world into these; the node decides.
+
+Every event carries everything the node needs: no handles, no clocks.
+"""
+
+from dataclasses import dataclass
+
+from coeld.ids import Lot, NodeId
+from coeld.messages import Message
+from coeld.view import ModelDemand, Resources
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """`Node.deadline` has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageReceived:
+    """A decoded control message arrived from `sender` over any broker."""
+
+    sender: NodeId
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class NeighbourLost:
+    """A broker link to `node` broke, or its last will arrived: a reason to suspect, no more."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class CallFailed:
+    """The data path could not reach `node`: a reason to suspect, no more."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
+class ResourcesSampled:
+    resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStarted:
+    """The engine runs, has opened the model's trunk (None: no model installed yet), listens."""
+
+    demand: ModelDemand | None
+    data_host: str
+    data_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStopped:
+    """The engine died: nothing is held in memory any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class LotsLoaded:
+    lots: tuple[Lot, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """These lots are not in memory and will not be; `why` is for people."""
+
+    lots: tuple[Lot, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class LotsDropped:
+    lots: tuple[Lot, ...]
+
+
+Event = (
+    Tick
+    | MessageReceived
+    | NeighbourLost
+    | CallFailed
+    | ResourcesSampled
+    | EngineStarted
+    | EngineStopped
+    | LotsLoaded
+    | LoadFailed
+    | LotsDropped
+)

@@ -1,0 +1,66 @@
+"""The route table: which devices serve which lot, at which address, in which epoch.
+
+Written by the node (control plane), read by the data path. It is immutable and replaced whole:
+a reader takes one reference per token and sees one epoch. The last table keeps serving when the
+control plane is gone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coeld.errors import FrameError
+from coeld.ids import Lot, ModelHash, NodeId
+
+OWNERS_PER_LOT_MAX = 8
+LAYERS_MAX = 1024
+EXPERTS_PER_LAYER_MAX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTable:
+    """Owners of every lot that somebody serves, nearest first.
+
+    `missing_bytes` is what the alive devices could not take, once the auction is settled: 0 while
+    everything is covered or while an owner is still loading. A lot that is in neither state is
+    simply absent from `owners`, and the data path waits for the next epoch.
+    """
+
+    model: ModelHash
+    epoch: int
+    owners: Mapping[Lot, tuple[NodeId, ...]]
+    addresses: Mapping[NodeId, tuple[str, int]] = field(default_factory=dict)
+    """host, port of each owner's data path."""
+    missing_bytes: int = 0
+
+    def owners_of(self, lot: Lot) -> tuple[NodeId, ...]:
+        return self.owners.get(lot, ())
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain value: {"model", "epoch", "owners": [[layer, expert, node, …]], …}."""
+        return {
+            "model": self.model,
+            "epoch": self.epoch,
+            "owners": [[*lot, *nodes] for lot, nodes in sorted(self.owners.items())],
+            "addresses": {node: list(address) for node, address in sorted(self.addresses.items())},
+            "missing_bytes": self.missing_bytes,
+        }
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "RouteTable":
+        """The inverse of `to_json`. Raises FrameError on anything malformed."""
+        try:
+            return RouteTable(
+                model=ModelHash(str(value["model"])),
+                epoch=int(value["epoch"]),
+                owners={
+                    Lot(int(row[0]), int(row[1])): tuple(NodeId(str(n)) for n in row[2:])
+                    for row in value["owners"]
+                },
+                addresses={
+                    NodeId(str(n)): (str(a[0]), int(a[1])) for n, a in value["addresses"].items()
+                },
+                missing_bytes=int(value["missing_bytes"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as exc:
+            raise FrameError(f"malformed route table: {exc!r}") from exc

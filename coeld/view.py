@@ -1,0 +1,39 @@
+"""Facts that travel between the stages: what a device offers, what a model needs.
+
+Plain frozen values without behaviour beyond checks. Units are in the names.
+"""
+
+from dataclasses import dataclass
+
+from coeld.ids import Lot, ModelHash
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """One measurement of this device."""
+
+    memory_budget_bytes: int
+    """What the engine may hold in weights: configured, or measured from what is available."""
+    memory_available_bytes: int
+    cpu_load_percent: int
+    """0..100, over all cores, smoothed by whoever samples it."""
+    kernel_mb_per_s: int
+    """Weight bytes per second that this device's own int8 kernels read in decode, in MB/s."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDemand:
+    """What a model needs, read from its manifest: the auction knows nothing else of a model."""
+
+    model: ModelHash
+    name: str
+    layers: int
+    experts: int
+    """Lots per layer. Every (layer, expert) with layer < layers, expert < experts is a lot."""
+    lot_bytes: int
+    """Bytes of one lot (the largest, if they differ)."""
+    trunk_bytes: int
+    """Bytes every device that decodes holds besides its lots."""
+
+    def lots(self) -> list[Lot]:
+        return [Lot(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
