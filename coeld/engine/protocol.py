@@ -1,0 +1,81 @@
+"""What agent and engine say to each other over the socket pair they share. Pure.
+
+One JSON object per line (UTF-8, at most LINE_BYTES_MAX). The agent starts the engine with one end
+of a socket pair as an inherited file descriptor; when that closes, the engine ends. So neither
+outlives the other and there is no path to clean up.
+
+Agent to engine (`op`):
+    open        {model: name}                 open a model of the store: its trunk, its tokenizer
+    routes      {table: RouteTable.to_json(), me: node}
+    load, drop  {lots: [[layer, expert], …]}
+    generate    {id, prompt: str | messages: [{role, content}], max_tokens: int | null,
+                 temperature: float, top_p: float, top_k: int, seed: int | null, stop: [str]}
+                temperature 0 is greedy; max_tokens null means "until the context is full"
+    cancel      {id}
+    stats       {}
+    quit        {}
+
+Engine to agent (`ev`):
+    ready       {data_host, data_port, kernel_mb_per_s}       first thing after start
+    opened      {model: name, context_tokens, trunk_bytes, hash}
+    failed      {model, type, message}                        could not open it
+    loaded      {lots}          dropped {lots}
+    load_failed {lots, why}
+    token       {id, text}                                    text may hold several tokens or ""
+    done        {id, finish_reason: "stop"|"length", prompt_tokens, completion_tokens,
+                 prefill_s, decode_s, stalls}                 stalls: [seconds] waited for owners
+    error       {id, type, message, param?, code?, missing_bytes?}   ends that request
+    call_failed {node, why}
+    stats       {rss_bytes, weights_bytes, kv_bytes, lots, requests, peers: {node: {calls,
+                 rtt_us_p50, failures}}, steps: "…plan in one line…"}
+
+`type` is the class name from coeld.errors, so that the agent raises what the engine raised.
+"""
+
+import json
+from typing import Any, Final
+
+from coeld import errors
+from coeld.errors import CoeldError, FrameError, RequestError
+
+LINE_BYTES_MAX: Final = 16 << 20
+"""A prompt may be long; nothing else comes close."""
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """One line to a message. Raises FrameError."""
+    try:
+        value = json.loads(line)
+    except ValueError as exc:
+        raise FrameError(f"not JSON: {line[:80]!r}") from exc
+    if not isinstance(value, dict):
+        raise FrameError(f"not an object: {line[:80]!r}")
+    return value
+
+
+def error_to_json(exc: CoeldError) -> dict[str, Any]:
+    """`type`, `message` and what else the error carries."""
+    value: dict[str, Any] = {"type": type(exc).__name__, "message": str(exc)}
+    for extra in ("param", "code", "missing_bytes"):
+        if getattr(exc, extra, None) is not None:
+            value[extra] = getattr(exc, extra)
+    return value
+
+
+def error_from_json(value: dict[str, Any]) -> CoeldError:
+    """The error that `error_to_json` was given; CoeldError for a type it does not know."""
+    kind = getattr(errors, str(value.get("type")), CoeldError)
+    message = str(value.get("message", ""))
+    if kind is errors.NotCovered:
+        return errors.NotCovered(message, int(value.get("missing_bytes", 0)))
+    if kind is errors.ContextTooLong:
+        return errors.ContextTooLong(message, value.get("param"))
+    if isinstance(kind, type) and issubclass(kind, RequestError):
+        return kind(message, value.get("param"), value.get("code"))
+    if isinstance(kind, type) and issubclass(kind, CoeldError):
+        return kind(message)
+    return CoeldError(message)

@@ -1,0 +1,1 @@
+"""Models on disk: catalogue, import, store. Nothing here runs a model."""
