@@ -1,6 +1,419 @@
 """The configuration: one frozen tree that explains itself. Pure.
 
-Every key has its default, range and unit beside it; `agent.toml.example` is generated from this
-file. Unknown keys and values out of range are errors that name the key, the value and what is
-allowed. Nothing else reads the environment for settings.
+Every key carries its default, range, unit and trade-off beside it; `example()` turns that into
+`agent.toml.example`. Unknown keys, wrong types and values out of range are ConfigErrors that name
+the key, the value and what is allowed. Nothing else reads the environment for settings, and it is
+handed in here (`Places.of`), so that a test can say where things lie.
 """
+
+import difflib
+import ipaddress
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, cast
+
+from coeld.errors import ConfigError
+
+SEARCHED: Final = (Path("agent.toml"), Path("/etc/coeld/agent.toml"))
+"""Where a configuration is looked for when none is named, in this order."""
+
+
+def _key(
+    default: Any,
+    text: str,
+    low: float | None = None,
+    high: float | None = None,
+    allowed: tuple[str, ...] = (),
+) -> Any:
+    return field(
+        default=default, metadata={"text": text, "low": low, "high": high, "allowed": allowed}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """This device and where its files lie."""
+
+    name: str = _key("", 'What people call it. "" = the host name.')
+    state_dir: str = _key(
+        "",
+        'Identity and lock of this daemon; one directory per daemon. "" = $STATE_DIRECTORY under '
+        "systemd, /var/lib/coeld as root, else $XDG_STATE_HOME/coeld (~/.local/state/coeld).",
+    )
+    store_dir: str = _key(
+        "",
+        "Models on disk; several daemons of one machine may share it. "
+        '"" = $STATE_DIRECTORY/store under systemd, /var/lib/coeld/store as root, else '
+        "$XDG_DATA_HOME/coeld/store (~/.local/share/coeld/store).",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How much this device gives."""
+
+    budget_mb: int = _key(
+        0,
+        "Megabytes (10^6 bytes) of weights this device may hold, trunk and experts together. "
+        "0 = measure: 60 % of the memory that is available at start (of the cgroup's limit, if it "
+        "is lower); the rest is for key-value caches, buffers and everything else that runs here.",
+        0,
+        10_000_000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """How the engine process computes."""
+
+    threads: int = _key(
+        0,
+        "Threads for kernels. 0 = all cores. Fewer keeps the device cool and responsive.",
+        0,
+        1024,
+    )
+    context_tokens: int = _key(
+        2048,
+        "Tokens of prompt and answer together. The key-value cache of each running request "
+        "grows with it; the model's own limit also holds.",
+        64,
+        1_048_576,
+    )
+    requests_max: int = _key(
+        4,
+        "Requests answered at once; more are refused with 503. Each costs a key-value cache and "
+        "slows the others.",
+        1,
+        64,
+    )
+    call_deadline_ms: int = _key(
+        1000,
+        "Milliseconds a call to an owner of experts may take before another owner is tried. "
+        "Shorter notices a dead device sooner, longer forgives a slow one.",
+        50,
+        60_000,
+    )
+    patience_s: float = _key(
+        10.0,
+        "Seconds an answer waits for experts that have lost their only owner before it fails.",
+        0.0,
+        600.0,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which model this device serves."""
+
+    name: str = _key("", 'Name of an installed model. "" = the only one that is installed.')
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """Where programs on this machine ask."""
+
+    socket: str = _key(
+        "",
+        'Path of the unix socket, at most 107 bytes. "" = $RUNTIME_DIRECTORY/coeld.sock under '
+        "systemd, /run/coeld/coeld.sock as root, else $XDG_RUNTIME_DIR/coeld/coeld.sock, else "
+        "coeld.sock in the state directory.",
+    )
+    tcp_port: int = _key(
+        0, "Also serve on this TCP port of 127.0.0.1, for every local user. 0 = off.", 0, 65535
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How other devices reach this one."""
+
+    host: str = _key(
+        "127.0.0.1",
+        "Address that other devices connect to. There is no encryption yet, so anything but a "
+        "loopback address needs allow_unencrypted = true.",
+    )
+    data_port: int = _key(
+        0, "TCP port of the data path (expert calls). 0 = any free one.", 0, 65535
+    )
+    mqtt_port: int = _key(
+        1884,
+        "TCP port of the embedded MQTT broker. Not 1883, where a broker of yours may live. "
+        "0 = any free one. Unused when swarm.brokers is set.",
+        0,
+        65535,
+    )
+    allow_unencrypted: bool = _key(
+        False,
+        "true = accept that prompts, answers and control messages cross the network readable and "
+        "changeable by anyone on it. Only for networks you trust entirely.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """Which devices belong together, and how they find each other."""
+
+    name: str = _key("home", "Devices with the same name form one swarm: a-z, 0-9, - and _.")
+    neighbours: tuple[str, ...] = _key(
+        (), 'Devices to start from, as "host:mqtt_port". One that is up is enough.'
+    )
+    discovery: str = _key(
+        "off",
+        '"mdns" = announce this device and find others on the local network, "off" = only the '
+        "neighbours named here.",
+        allowed=("mdns", "off"),
+    )
+    brokers: tuple[str, ...] = _key(
+        (),
+        'Use these MQTT brokers, as "mqtt://host:port", instead of the embedded one. With several, '
+        "each that is up is used.",
+    )
+    heartbeat_ms: int = _key(
+        500,
+        "Milliseconds between this device's signs of life. Shorter notices failures sooner and "
+        "costs more messages.",
+        50,
+        60_000,
+    )
+    silence_ms: int = _key(
+        1500,
+        "Milliseconds without a sign of life after which a device is suspected. At least twice "
+        "the heartbeat.",
+        100,
+        600_000,
+    )
+    suspicion_ms: int = _key(
+        1500,
+        "Milliseconds a suspected device has to object before it counts as dead and its experts "
+        "are given away. Longer forgives stalls, shorter recovers sooner.",
+        50,
+        600_000,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything that can be set."""
+
+    device: Device = Device()
+    memory: Memory = Memory()
+    engine: Engine = Engine()
+    model: Model = Model()
+    api: Api = Api()
+    network: Network = Network()
+    swarm: Swarm = Swarm()
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where this daemon's files lie, with every default filled in."""
+
+    state_dir: Path
+    store_dir: Path
+    socket: Path
+
+    @staticmethod
+    def of(config: Config, environ: Mapping[str, str], uid: int) -> "Places":
+        """Resolve the empty paths of `config` for this user."""
+        state_dir = _place(config.device.state_dir, environ, uid, "XDG_STATE_HOME", ".local/state")
+        store_dir = _place("", environ, uid, "XDG_DATA_HOME", ".local/share") / "store"
+        if config.device.store_dir:
+            store_dir = _expand(config.device.store_dir, environ)
+        if config.api.socket:
+            socket = _expand(config.api.socket, environ)
+        elif "RUNTIME_DIRECTORY" in environ:
+            socket = Path(environ["RUNTIME_DIRECTORY"].split(":")[0]) / "coeld.sock"
+        elif uid == 0:
+            socket = Path("/run/coeld/coeld.sock")
+        elif "XDG_RUNTIME_DIR" in environ:
+            socket = Path(environ["XDG_RUNTIME_DIR"]) / "coeld" / "coeld.sock"
+        else:
+            socket = state_dir / "coeld.sock"
+        return Places(state_dir, store_dir, socket)
+
+
+def _place(configured: str, environ: Mapping[str, str], uid: int, xdg: str, home: str) -> Path:
+    if configured:
+        return _expand(configured, environ)
+    if "STATE_DIRECTORY" in environ:
+        return Path(environ["STATE_DIRECTORY"].split(":")[0])
+    if uid == 0:
+        return Path("/var/lib/coeld")
+    return Path(environ.get(xdg) or _expand(f"~/{home}", environ)) / "coeld"
+
+
+def _expand(path: str, environ: Mapping[str, str]) -> Path:
+    if path == "~" or path.startswith("~/"):
+        return Path(environ.get("HOME", "/")) / path[2:]
+    return Path(path)
+
+
+def load(path: Path | None) -> Config:
+    """Read the file at `path`, or the first one of SEARCHED, or take the defaults.
+
+    Raises ConfigError when the file cannot be read, is not TOML, or says something impossible.
+    """
+    if path is None:
+        path = next((place for place in SEARCHED if place.is_file()), None)
+        if path is None:
+            return Config()
+    try:
+        return parse(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read ({exc}).") from exc
+
+
+def parse(text: str, source: str = "configuration") -> Config:
+    """TOML to a checked Config. Raises ConfigError, naming `source`."""
+    try:
+        value = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{source}: not valid TOML: {exc}.") from exc
+    try:
+        config = cast(Config, _tree(Config, value, ""))
+        _check_across(config)
+    except ConfigError as exc:
+        raise ConfigError(f"{source}: {exc}") from None
+    return config
+
+
+def _tree(cls: type[Any], value: Mapping[str, Any], prefix: str) -> Any:
+    """One table to its dataclass."""
+    known = {item.name: item for item in fields(cls)}
+    found: dict[str, Any] = {}
+    for name, given in value.items():
+        if name not in known:
+            raise ConfigError(_unknown(f"{prefix}{name}", [f"{prefix}{key}" for key in known]))
+        item = known[name]
+        if item.metadata:
+            found[name] = _value(f"{prefix}{name}", given, item.default, item.metadata)
+        elif isinstance(given, dict):
+            found[name] = _tree(type(item.default), given, f"{name}.")
+        else:
+            raise ConfigError(f"{name} = {given!r}: this is a section, write it as [{name}].")
+    return cls(**found)
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, [*known, *_all_keys()], n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(sorted(known))}."
+    return f"unknown key {key}. {hint}"
+
+
+def _all_keys() -> list[str]:
+    return [f"{top.name}.{key.name}" for top in fields(Config) for key in fields(top.default)]
+
+
+_TYPES: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _value(key: str, given: Any, default: Any, rules: Mapping[str, Any]) -> Any:
+    """One value, checked against its type, range and choices."""
+    if isinstance(default, tuple):
+        if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+            raise ConfigError(f"{key} = {given!r}: must be a list of texts.")
+        return tuple(given)
+    wanted = type(default)
+    if wanted is float and type(given) is int:
+        given = float(given)
+    if type(given) is not wanted:
+        raise ConfigError(f"{key} = {given!r}: must be {_TYPES[wanted]}.")
+    low, high = rules["low"], rules["high"]
+    if low is not None and not low <= given <= high:  # also catches NaN
+        raise ConfigError(f"{key} = {given!r}: must be between {low} and {high}.")
+    if rules["allowed"] and given not in rules["allowed"]:
+        choices = " or ".join(f'"{choice}"' for choice in rules["allowed"])
+        raise ConfigError(f"{key} = {given!r}: must be {choices}.")
+    if isinstance(given, str) and "\0" in given:
+        raise ConfigError(f"{key} = {given!r}: must not contain a NUL character.")
+    return given
+
+
+def _check_across(config: Config) -> None:
+    """What one key alone cannot tell."""
+    swarm, network = config.swarm, config.network
+    legal = set("abcdefghijklmnopqrstuvwxyz0123456789-_")
+    if not 1 <= len(swarm.name) <= 32 or set(swarm.name) - legal:
+        raise ConfigError(
+            f"swarm.name = {swarm.name!r}: must be 1 to 32 characters out of a-z, 0-9, - and _."
+        )
+    if swarm.silence_ms < 2 * swarm.heartbeat_ms:
+        raise ConfigError(
+            f"swarm.silence_ms = {swarm.silence_ms}: must be at least twice swarm.heartbeat_ms "
+            f"({swarm.heartbeat_ms}), or one lost message looks like a dead device."
+        )
+    for address in swarm.neighbours:
+        split_address("swarm.neighbours", address)
+    for url in swarm.brokers:
+        broker_address(url)
+    ports = [port for port in (network.data_port, config.api.tcp_port) if port]
+    ports += [network.mqtt_port] if network.mqtt_port and not swarm.brokers else []
+    if len(set(ports)) != len(ports):
+        raise ConfigError(
+            "network.data_port, network.mqtt_port and api.tcp_port must differ from each other."
+        )
+    if not network.allow_unencrypted and not is_loopback(network.host):
+        raise ConfigError(
+            f"network.host = {network.host!r}: only loopback addresses (127.0.0.1, ::1, "
+            "localhost) are allowed, because coeld does not encrypt yet and everybody on the "
+            "network could read and change what devices say. On a network you trust entirely, "
+            "set network.allow_unencrypted = true."
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can only be reached from this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def split_address(key: str, text: str) -> tuple[str, int]:
+    """ "host:port" or "[v6]:port". Raises ConfigError naming `key`."""
+    host, _, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise ConfigError(f'{key} = {text!r}: must be "host:port" with a port between 1 and 65535.')
+    return host, int(port)
+
+
+def broker_address(url: str) -> tuple[str, int]:
+    """ "mqtt://host[:port]" to host and port (1883 if unsaid). Raises ConfigError."""
+    scheme, _, rest = url.partition("://")
+    if scheme != "mqtt" or not rest or "/" in rest or "@" in rest:
+        raise ConfigError(f'swarm.brokers = {url!r}: must look like "mqtt://host:port".')
+    has_port = ":" in rest.rpartition("]")[2]
+    return split_address("swarm.brokers", rest if has_port else f"{rest}:1883")
+
+
+def example() -> str:
+    """The text of agent.toml.example: every key, explained, at its default."""
+    lines = [
+        "# coeld: configuration of one device. Generated by `coeld config`; every value shown is",
+        "# the default. Looked for as ./agent.toml, then /etc/coeld/agent.toml, unless",
+        "# `coeld up --config FILE` names another.",
+    ]
+    for top in fields(Config):
+        lines += ["", f"# {type(top.default).__doc__}", f"[{top.name}]"]
+        for key in fields(top.default):
+            rules = key.metadata
+            text = rules["text"]
+            if rules["low"] is not None:
+                text += f" Range: {rules['low']} to {rules['high']}."
+            lines += [f"# {line}" for line in textwrap.wrap(text, 96)]
+            lines.append(f"{key.name} = {_toml(key.default)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(list(value)) if isinstance(value, tuple) else str(value)
