@@ -161,7 +161,7 @@ class Swarm:
         (), 'Devices to start from, as "host:mqtt_port". One that is up is enough.'
     )
     discovery: str = _key(
-        "off",
+        "mdns",
         '"mdns" = announce this device and find others on the local network, "off" = only the '
         "neighbours named here.",
         allowed=("mdns", "off"),
@@ -304,7 +304,9 @@ def _unknown(key: str, known: list[str]) -> str:
 
 
 def _all_keys() -> list[str]:
-    return [f"{top.name}.{key.name}" for top in fields(Config) for key in fields(top.default)]
+    return [
+        f"{top.name}.{key.name}" for top in fields(Config) for key in fields(cast(Any, top.default))
+    ]
 
 
 _TYPES: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -401,7 +403,7 @@ def example() -> str:
     ]
     for top in fields(Config):
         lines += ["", f"# {type(top.default).__doc__}", f"[{top.name}]"]
-        for key in fields(top.default):
+        for key in fields(cast(Any, top.default)):
             rules = key.metadata
             text = rules["text"]
             if rules["low"] is not None:
