@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper
 
 from coeld.datapath.plan import Span
+from coeld.engine.sessions import Weight
 from coeld.model.manifest import BlobRef, Manifest, Shape
 
 F32: Final = TensorProto.FLOAT
@@ -38,7 +38,7 @@ class Graph:
     nodes: list[NodeProto] = field(default_factory=list)
     inputs: list[ValueInfoProto] = field(default_factory=list)
     outputs: list[ValueInfoProto] = field(default_factory=list)
-    weights: dict[str, NDArray[Any]] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
 
     def add(self, op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> str:
         domain = "" if op in ("Mul", "Gather", "SimplifiedLayerNormalization") else CONTRIB
@@ -46,7 +46,7 @@ class Graph:
         return outputs[0]
 
     def constant(self, name: str, value: NDArray[Any]) -> str:
-        self.weights[name] = value
+        self.weights[name] = Weight((value,))
         return name
 
     def take(self, name: str, dtype: int, shape: Sequence[str | int]) -> str:
@@ -56,10 +56,19 @@ class Graph:
     def give(self, name: str, dtype: int, shape: Sequence[str | int]) -> None:
         self.outputs.append(helper.make_tensor_value_info(name, dtype, shape))
 
-    def matmul(self, x: str, out: str, tag: str, w: NDArray[Any], s: NDArray[Any]) -> str:
-        """out = x @ dequantised(w).T with w (N, K/B, B) uint8 and s (N, K/B) float32."""
-        n, blocks, block = w.shape
-        self.weights[f"{tag}.w"], self.weights[f"{tag}.s"] = w, s
+    def matmul(
+        self, x: str, out: str, tag: str, blobs: Sequence[Arrays], name: str, axis: int = 0
+    ) -> str:
+        """out = x @ dequantised(W).T, where W joins weight `name` of the blobs.
+
+        Along axis 0 outputs follow each other, along axis 1 inputs do. Each part is `name.w`
+        (N, K/B, B) uint8 with scales `name.s` (N, K/B) float32.
+        """
+        n, blocks, block = blobs[0][f"{name}.w"].shape
+        n, blocks = (n * len(blobs), blocks) if axis == 0 else (n, blocks * len(blobs))
+        for half in (".w", ".s"):
+            parts = tuple(blob[name + half] for blob in blobs)
+            self.weights[tag + half] = Weight(parts, axis)
         return self.add(
             "MatMulNBits",
             [x, f"{tag}.w", f"{tag}.s"],
@@ -136,7 +145,7 @@ def _attention(
         names = [p + "n", "", "", p + "r"]
         graph.add("SkipSimplifiedLayerNormalization", [residual, x, norm1], names, epsilon=eps)
         residual = p + "r"
-    graph.matmul(p + "n", p + "qkv", p + "qkv", t["qkv.w"], t["qkv.s"])
+    graph.matmul(p + "n", p + "qkv", p + "qkv", [t], "qkv")
     cache = [1, shape.kv_heads, "capacity", shape.head_dim]
     k, v = f"k{layer}", f"v{layer}"
     for name in (k, v):
@@ -151,7 +160,7 @@ def _attention(
         do_rotary=1,
         scale=float(shape.head_dim**-0.5),
     )
-    graph.matmul(p + "a", p + "o", p + "o", t["o.w"], t["o.s"])
+    graph.matmul(p + "a", p + "o", p + "o", [t], "o")
     norm2 = graph.constant(p + "norm2", t["ffn_norm"])
     names = [p + "n2", "", "", p + "r2"]
     graph.add("SkipSimplifiedLayerNormalization", [residual, p + "o", norm2], names, epsilon=eps)
@@ -163,17 +172,13 @@ def _feed_forward(
 ) -> str:
     """Merged SwiGLU slices: rows of gate and up follow each other, so do the columns of down."""
 
-    def merged(name: str, axis: int) -> NDArray[Any]:
-        parts = [blob[name] for blob in blobs]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
-
-    graph.matmul(x, p + "g", p + "gate", merged("gate.w", 0), merged("gate.s", 0))
-    graph.matmul(x, p + "u", p + "up", merged("up.w", 0), merged("up.s", 0))
+    graph.matmul(x, p + "g", p + "gate", blobs, "gate")
+    graph.matmul(x, p + "u", p + "up", blobs, "up")
     graph.add("QuickGelu", [p + "g"], [p + "silu"], alpha=1.0)
     hidden = graph.add("Mul", [p + "silu", p + "u"], [p + "h"])
     if mask is not None:
         hidden = graph.add("Mul", [hidden, mask], [p + "hm"])
-    return graph.matmul(hidden, out, p + "down", merged("down.w", 1), merged("down.s", 1))
+    return graph.matmul(hidden, out, p + "down", blobs, "down", axis=1)
 
 
 def _head(graph: Graph, manifest: Manifest, store: Tensors, residual: str, x: str | None) -> None:
@@ -185,5 +190,5 @@ def _head(graph: Graph, manifest: Manifest, store: Tensors, residual: str, x: st
     )
     rows = graph.take("rows", I64, ["m"])
     graph.add("Gather", ["final", rows], ["picked"], axis=1)
-    graph.matmul("picked", "logits", "head", t["head.w"], t["head.s"])
+    graph.matmul("picked", "logits", "head", [t], "head")
     graph.give("logits", F32, [1, "m", shape.vocab])

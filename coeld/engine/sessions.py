@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,19 @@ INLINE_BYTES_MAX: Final = 1024
 
 OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1))
 IR_VERSION: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An initialiser made of `parts` joined along `axis`, joined only while it is being written."""
+
+    parts: tuple[NDArray[Any], ...]
+    axis: int = 0
+
+    def array(self) -> NDArray[Any]:
+        if len(self.parts) == 1:
+            return np.ascontiguousarray(self.parts[0])
+        return np.concatenate(self.parts, axis=self.axis)
 
 
 def use_threads(count: int) -> None:
@@ -45,9 +59,9 @@ def make_session(
     nodes: list[Node],
     inputs: list[ValueInfoProto],
     outputs: list[ValueInfoProto],
-    weights: Mapping[str, NDArray[Any]],
+    weights: Mapping[str, Weight],
 ) -> ort.InferenceSession:
-    """Compile a graph over `weights` (initialiser name to array)."""
+    """Compile a graph over `weights`, by initialiser name."""
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
@@ -70,7 +84,7 @@ def give_memory_back() -> None:
 
 
 @contextmanager
-def _packed(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Path, list[TensorProto]]]:
+def _packed(weights: Mapping[str, Weight]) -> Iterator[tuple[Path, list[TensorProto]]]:
     """Write the large weights one after the other into a file in memory, aligned to 64 bytes."""
     folder = _memory_dir()
     handle, name = tempfile.mkstemp(prefix=f"coeld-weights-{os.getpid()}-", dir=folder)
@@ -78,13 +92,14 @@ def _packed(weights: Mapping[str, NDArray[Any]]) -> Iterator[tuple[Path, list[Te
     try:
         tensors = []
         with open(handle, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
-            for tensor, array in weights.items():
+            for tensor, weight in weights.items():
+                array = weight.array()
                 if array.nbytes <= INLINE_BYTES_MAX:
-                    tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), tensor))
+                    tensors.append(numpy_helper.from_array(array, tensor))
                     continue
                 file.write(bytes(-file.tell() % 64))
                 tensors.append(_external(tensor, array, path.name, file.tell()))
-                np.ascontiguousarray(array).tofile(file)
+                file.write(array.data)
         yield folder, tensors
     finally:
         path.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+"""Dispatch: the rows of a cut layer go to the owners of its experts, partial sums come back.
+
+Each owner gets one copy of the rows and adds up its experts' outputs before it answers; local
+experts run while peers compute. Owners are stateless, so a failed call is simply made again: at
+another owner, here if the lot has been loaded meanwhile, or at whoever the next route table names.
+Only when nobody holds an expert for `patience_s` does the request fail.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from coeld.datapath.ports import Call, ExpertRunner, PeerLink, Rows
+from coeld.datapath.request import Request
+from coeld.errors import NotCovered, PeerError
+from coeld.ids import Lot, NodeId
+from coeld.routes import RouteTable
+
+COOLDOWN_S: Final = 0.5
+"""A peer that failed is tried last for this long: others first, but nobody is written off here."""
+
+WAIT_S_MAX: Final = 0.25
+"""Between two looks at the routes while waiting; a new table wakes the waiter at once."""
+
+
+class Cancelled(Exception):
+    """The caller gave up; not an error."""
+
+
+class RouteBoard:
+    """Where the control plane pins the current route table and the data path reads it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._version = 0
+        self.table: RouteTable | None = None
+
+    def pin(self, table: RouteTable) -> None:
+        with self._changed:
+            self.table = table
+            self._bump()
+
+    def nudge(self) -> None:
+        """Something else changed: experts were loaded, a request was cancelled."""
+        with self._changed:
+            self._bump()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def wait(self, version: int, timeout_s: float) -> None:
+        """Return when the version is no longer `version`, or after `timeout_s`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, timeout_s)
+
+    def _bump(self) -> None:
+        self._version += 1
+        self._changed.notify_all()
+
+
+@dataclass(slots=True)
+class Dispatcher:
+    """Runs cut layers. One thread (the decoder's)."""
+
+    me: NodeId
+    experts: int
+    """Per layer."""
+    lot_bytes: int
+    runner: ExpertRunner
+    peers: PeerLink
+    board: RouteBoard
+    patience_s: float
+    on_failure: Callable[[NodeId, PeerError], None]
+    """Told about each failed call, so that the control plane can suspect the peer."""
+    _failed_at: dict[NodeId, float] = field(default_factory=dict)
+
+    def run(self, layer: int, x: Rows, request: Request) -> Rows:
+        """Sum over all experts of the layer on x (n, H). Raises NotCovered, Cancelled."""
+        total = np.zeros_like(x)
+        todo = set(range(self.experts))
+        waiting_since: float | None = None
+        while True:
+            version = self.board.version
+            before = len(todo)
+            self._attempt(layer, x, todo, total)
+            if not todo:
+                break
+            if len(todo) < before:
+                continue
+            now = time.monotonic()
+            waiting_since = now if waiting_since is None else waiting_since
+            self._wait(layer, todo, version, waiting_since + self.patience_s - now, request)
+        if waiting_since is not None:
+            request.stalls_s.append(time.monotonic() - waiting_since)
+        return total
+
+    def _attempt(self, layer: int, x: Rows, todo: set[int], total: Rows) -> None:
+        """One round: call every owner, run what is here, collect. Shrinks `todo`, adds to `total`."""
+        here = self.runner.here(layer) & todo
+        calls: list[tuple[NodeId, frozenset[int], Call]] = []
+        table = self.board.table
+        if table is not None:
+            for node, experts in self._group(layer, todo - here, table).items():
+                try:
+                    call = self.peers.call(node, table.addresses[node], layer, experts, x)
+                except PeerError as exc:
+                    self._fail(node, exc)
+                else:
+                    calls.append((node, frozenset(experts), call))
+        if here:
+            self._run_here(layer, here, x, todo, total)
+        for node, experts, call in calls:
+            try:
+                total += call.result()
+            except PeerError as exc:
+                self._fail(node, exc)
+            else:
+                todo -= experts
+                self._failed_at.pop(node, None)
+
+    def _run_here(
+        self, layer: int, here: Collection[int], x: Rows, todo: set[int], total: Rows
+    ) -> None:
+        try:
+            total += self.runner.run(layer, here, x)
+        except PeerError:
+            return  # dropped between the look and the run: the next round goes elsewhere
+        todo -= set(here)
+
+    def _group(
+        self, layer: int, experts: Collection[int], table: RouteTable
+    ) -> dict[NodeId, list[int]]:
+        """Experts by the owner to ask: the first that did not just fail, else the first."""
+        now = time.monotonic()
+        groups: dict[NodeId, list[int]] = {}
+        for expert in sorted(experts):
+            owners = [
+                node
+                for node in table.owners_of(Lot(layer, expert))
+                if node != self.me and node in table.addresses
+            ]
+            if not owners:
+                continue
+            fresh = [n for n in owners if now - self._failed_at.get(n, -COOLDOWN_S) >= COOLDOWN_S]
+            groups.setdefault((fresh or owners)[0], []).append(expert)
+        return groups
+
+    def _fail(self, node: NodeId, exc: PeerError) -> None:
+        self._failed_at[node] = time.monotonic()
+        self.on_failure(node, exc)
+
+    def _wait(
+        self, layer: int, todo: set[int], version: int, left_s: float, request: Request
+    ) -> None:
+        if request.cancelled.is_set():
+            raise Cancelled
+        if left_s <= 0:
+            raise self.not_covered(f"nobody answered for {len(todo)} experts of layer {layer}")
+        self.board.wait(version, min(left_s, WAIT_S_MAX))
+
+    def not_covered(self, what: str) -> NotCovered:
+        """The error that says how many bytes the swarm lacks."""
+        table = self.board.table
+        missing = table.missing_bytes if table else 0
+        if missing:
+            return NotCovered(
+                f"The devices that are left cannot hold the whole model: {missing} bytes of "
+                "memory are missing. Bring a device back, add one, or raise memory.budget_mb; "
+                "answers work again as soon as it fits.",
+                missing,
+            )
+        return NotCovered(
+            f"{what} for {self.patience_s:g} s. The swarm is re-organising or a link is down; "
+            "see coeld status, and ask again.",
+            len({*range(self.experts)}) * self.lot_bytes,
+        )

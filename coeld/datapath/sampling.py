@@ -1,0 +1,45 @@
+"""From logits to a token: greedy, or temperature, top-k, top-p. Pure given its generator.
+
+Order as in llama.cpp and Hugging Face: top-k, then top-p on what is left, then temperature decides
+the sharpness of the draw.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a token is chosen."""
+
+    temperature: float = 0.0
+    """0 is greedy: the likeliest token, the lowest id among equals."""
+    top_p: float = 1.0
+    """Smallest set of likeliest tokens whose probability reaches this; 1 keeps all."""
+    top_k: int = 0
+    """Only this many likeliest tokens; 0 keeps all."""
+    seed: int | None = None
+    """Same seed, same draws; None draws a new one."""
+
+    def generator(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+
+def choose(
+    logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
+) -> int:
+    """The next token for logits (V,)."""
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    scaled = logits.astype(np.float64) / sampling.temperature
+    order = np.argsort(-scaled, kind="stable")
+    if sampling.top_k > 0:
+        order = order[: sampling.top_k]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    if sampling.top_p < 1:
+        kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
+    return int(generator.choice(order, p=weights))
