@@ -2,8 +2,7 @@
 
 Every key carries its default, range, unit and trade-off beside it; `example()` turns that into
 `agent.toml.example`. Unknown keys, wrong types and values out of range are ConfigErrors that name
-the key, the value and what is allowed. Nothing else reads the environment for settings, and it is
-handed in here (`Places.of`), so that a test can say where things lie.
+the key, the value and what is allowed. Where files lie when nothing is said: coeld/host/places.py.
 """
 
 import difflib
@@ -41,13 +40,12 @@ class Device:
     state_dir: str = _key(
         "",
         'Identity and lock of this daemon; one directory per daemon. "" = $STATE_DIRECTORY under '
-        "systemd, /var/lib/coeld as root, else $XDG_STATE_HOME/coeld (~/.local/state/coeld).",
+        "systemd, else $XDG_STATE_HOME/coeld (~/.local/state/coeld).",
     )
     store_dir: str = _key(
         "",
-        "Models on disk; several daemons of one machine may share it. "
-        '"" = $STATE_DIRECTORY/store under systemd, /var/lib/coeld/store as root, else '
-        "$XDG_DATA_HOME/coeld/store (~/.local/share/coeld/store).",
+        'Models on disk; several daemons of one machine may share it. "" = $COELD_STORE, else '
+        "$STATE_DIRECTORY/store under systemd, else ~/.local/share/coeld/store.",
     )
 
 
@@ -118,8 +116,7 @@ class Api:
     socket: str = _key(
         "",
         'Path of the unix socket, at most 107 bytes. "" = $RUNTIME_DIRECTORY/coeld.sock under '
-        "systemd, /run/coeld/coeld.sock as root, else $XDG_RUNTIME_DIR/coeld/coeld.sock, else "
-        "coeld.sock in the state directory.",
+        "systemd, else $XDG_RUNTIME_DIR/coeld/coeld.sock, else coeld.sock in the state directory.",
     )
     tcp_port: int = _key(
         0, "Also serve on this TCP port of 127.0.0.1, for every local user. 0 = off.", 0, 65535
@@ -205,50 +202,6 @@ class Config:
     api: Api = Api()
     network: Network = Network()
     swarm: Swarm = Swarm()
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where this daemon's files lie, with every default filled in."""
-
-    state_dir: Path
-    store_dir: Path
-    socket: Path
-
-    @staticmethod
-    def of(config: Config, environ: Mapping[str, str], uid: int) -> "Places":
-        """Resolve the empty paths of `config` for this user."""
-        state_dir = _place(config.device.state_dir, environ, uid, "XDG_STATE_HOME", ".local/state")
-        store_dir = _place("", environ, uid, "XDG_DATA_HOME", ".local/share") / "store"
-        if config.device.store_dir:
-            store_dir = _expand(config.device.store_dir, environ)
-        if config.api.socket:
-            socket = _expand(config.api.socket, environ)
-        elif "RUNTIME_DIRECTORY" in environ:
-            socket = Path(environ["RUNTIME_DIRECTORY"].split(":")[0]) / "coeld.sock"
-        elif uid == 0:
-            socket = Path("/run/coeld/coeld.sock")
-        elif "XDG_RUNTIME_DIR" in environ:
-            socket = Path(environ["XDG_RUNTIME_DIR"]) / "coeld" / "coeld.sock"
-        else:
-            socket = state_dir / "coeld.sock"
-        return Places(state_dir, store_dir, socket)
-
-
-def _place(configured: str, environ: Mapping[str, str], uid: int, xdg: str, home: str) -> Path:
-    if configured:
-        return _expand(configured, environ)
-    if "STATE_DIRECTORY" in environ:
-        return Path(environ["STATE_DIRECTORY"].split(":")[0])
-    if uid == 0:
-        return Path("/var/lib/coeld")
-    return Path(environ.get(xdg) or _expand(f"~/{home}", environ)) / "coeld"
-
-
-def _expand(path: str, environ: Mapping[str, str]) -> Path:
-    if path == "~" or path.startswith("~/"):
-        return Path(environ.get("HOME", "/")) / path[2:]
-    return Path(path)
 
 
 def load(path: Path | None) -> Config:

@@ -1,0 +1,1 @@
+"""The local socket: HTTP with OpenAI's protocol, and /status."""

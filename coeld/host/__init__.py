@@ -1,0 +1,1 @@
+"""This machine: what it has, where files lie, who it is."""

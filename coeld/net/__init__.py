@@ -1,0 +1,1 @@
+"""Everything that talks: brokers, neighbours, the engine's socket pair, peers."""
