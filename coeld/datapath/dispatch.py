@@ -86,11 +86,10 @@ class Dispatcher:
         waiting_since: float | None = None
         while True:
             version = self.board.version
-            before = len(todo)
-            self._attempt(layer, x, todo, total)
+            again = self._attempt(layer, x, todo, total)
             if not todo:
                 break
-            if len(todo) < before:
+            if again:
                 continue
             now = time.monotonic()
             waiting_since = now if waiting_since is None else waiting_since
@@ -99,8 +98,13 @@ class Dispatcher:
             request.stalls_s.append(time.monotonic() - waiting_since)
         return total
 
-    def _attempt(self, layer: int, x: Rows, todo: set[int], total: Rows) -> None:
-        """One round: call every owner, run what is here, collect. Shrinks `todo`, adds to `total`."""
+    def _attempt(self, layer: int, x: Rows, todo: set[int], total: Rows) -> bool:
+        """One round: call every owner, run what is here, collect.
+
+        Shrinks `todo`, adds to `total`. True when another round at once may get further: an owner
+        failed for the first time in a while, so that the next round asks another.
+        """
+        failures = 0
         here = self.runner.here(layer) & todo
         calls: list[tuple[NodeId, frozenset[int], Call]] = []
         table = self.board.table
@@ -109,7 +113,7 @@ class Dispatcher:
                 try:
                     call = self.peers.call(node, table.addresses[node], layer, experts, x)
                 except PeerError as exc:
-                    self._fail(node, exc)
+                    failures += self._fail(node, exc)
                 else:
                     calls.append((node, frozenset(experts), call))
         if here:
@@ -118,10 +122,11 @@ class Dispatcher:
             try:
                 total += call.result()
             except PeerError as exc:
-                self._fail(node, exc)
+                failures += self._fail(node, exc)
             else:
                 todo -= experts
                 self._failed_at.pop(node, None)
+        return failures > 0
 
     def _run_here(
         self, layer: int, here: Collection[int], x: Rows, todo: set[int], total: Rows
@@ -146,13 +151,21 @@ class Dispatcher:
             ]
             if not owners:
                 continue
-            fresh = [n for n in owners if now - self._failed_at.get(n, -COOLDOWN_S) >= COOLDOWN_S]
+            fresh = [node for node in owners if not self._cooling(node, now)]
             groups.setdefault((fresh or owners)[0], []).append(expert)
         return groups
 
-    def _fail(self, node: NodeId, exc: PeerError) -> None:
-        self._failed_at[node] = time.monotonic()
+    def _fail(self, node: NodeId, exc: PeerError) -> bool:
+        """Note a failure. True if this peer was not already cooling down."""
+        now = time.monotonic()
+        fresh = not self._cooling(node, now)
+        self._failed_at[node] = now
         self.on_failure(node, exc)
+        return fresh
+
+    def _cooling(self, node: NodeId, now: float) -> bool:
+        failed = self._failed_at.get(node)
+        return failed is not None and now - failed < COOLDOWN_S
 
     def _wait(
         self, layer: int, todo: set[int], version: int, left_s: float, request: Request
@@ -160,22 +173,26 @@ class Dispatcher:
         if request.cancelled.is_set():
             raise Cancelled
         if left_s <= 0:
-            raise self.not_covered(f"nobody answered for {len(todo)} experts of layer {layer}")
+            raise self._not_covered(layer, todo)
         self.board.wait(version, min(left_s, WAIT_S_MAX))
 
-    def not_covered(self, what: str) -> NotCovered:
-        """The error that says how many bytes the swarm lacks."""
-        table = self.board.table
-        missing = table.missing_bytes if table else 0
+    def _not_covered(self, layer: int, todo: set[int]) -> NotCovered:
+        missing = self.board.table.missing_bytes if self.board.table else 0
         if missing:
-            return NotCovered(
-                f"The devices that are left cannot hold the whole model: {missing} bytes of "
-                "memory are missing. Bring a device back, add one, or raise memory.budget_mb; "
-                "answers work again as soon as it fits.",
-                missing,
-            )
+            return not_covered(missing)
         return NotCovered(
-            f"{what} for {self.patience_s:g} s. The swarm is re-organising or a link is down; "
-            "see coeld status, and ask again.",
-            len({*range(self.experts)}) * self.lot_bytes,
+            f"No device answered for {len(todo)} experts of layer {layer} within "
+            f"{self.patience_s:g} s: the swarm is re-organising or a link is down. See coeld "
+            "status, and ask again.",
+            len(todo) * self.lot_bytes,
         )
+
+
+def not_covered(missing_bytes: int) -> NotCovered:
+    """The error for a swarm that is too small for the model."""
+    return NotCovered(
+        f"The devices of this swarm cannot hold the whole model: {missing_bytes} bytes of memory "
+        "are missing. Bring a device back, add one, or raise memory.budget_mb; answers work again "
+        "as soon as it fits.",
+        missing_bytes,
+    )
