@@ -165,12 +165,14 @@ def parse_manifest(text: str) -> Manifest:
             **{
                 **value,
                 "shape": Shape(**value["shape"]),
-                "embedding": _blob(value["embedding"]),
-                "head": _blob(value["head"]),
-                "attention": tuple(map(_blob, value["attention"])),
-                "experts": tuple(tuple(map(_blob, layer)) for layer in value["experts"]),
-                "tokenizer": _blob(value["tokenizer"]),
-                "chat_template": _blob(value["chat_template"]) if value["chat_template"] else None,
+                "embedding": parse_blob(value["embedding"]),
+                "head": parse_blob(value["head"]),
+                "attention": tuple(map(parse_blob, value["attention"])),
+                "experts": tuple(tuple(map(parse_blob, layer)) for layer in value["experts"]),
+                "tokenizer": parse_blob(value["tokenizer"]),
+                "chat_template": parse_blob(value["chat_template"])
+                if value["chat_template"]
+                else None,
                 "eos_tokens": tuple(map(int, value["eos_tokens"])),
             }
         )
@@ -183,7 +185,8 @@ def parse_manifest(text: str) -> Manifest:
     return manifest
 
 
-def _blob(value: dict[str, Any]) -> BlobRef:
+def parse_blob(value: dict[str, Any]) -> BlobRef:
+    """Raises ValueError, KeyError, TypeError or AttributeError when it is malformed."""
     sha256 = value["sha256"]
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise ValueError(f"not a sha256: {sha256!r}")

@@ -1,0 +1,1 @@
+"""Compression: how weights are stored in few bits. Pure: arrays in, arrays out."""

@@ -1,0 +1,1 @@
+"""One module per model architecture: what its tensors are called and what its numbers mean."""

@@ -1,0 +1,261 @@
+"""The store: a directory of content-addressed blobs, and manifests that say what they make up.
+
+    blobs/<sha256>       read-only files, named by their content
+    models/<name>.json   a model exists if, and only if, its manifest is here; written last
+    partial/             downloads, journals, files being written; may be deleted at any time
+    lock                 held (flock) by whoever changes the store
+
+Every file appears under its final name by one rename of a complete, flushed temporary file, so a
+crash or a power cut leaves at most rubbish in `partial/`, which the next change of the store
+clears away. Reading needs no lock. The agent uses this module too, so numpy is imported only by
+the one function that needs it.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from coeld.errors import BadChecksum, BadModelFile, DiskFull, ModelError, UnknownModel
+from coeld.model.manifest import BlobRef, Manifest, parse_manifest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+MANIFEST_BYTES_MAX: Final = 64 << 20
+READ_BYTES: Final = 1 << 20
+
+
+def default_store() -> Path:
+    """$COELD_STORE; or the service's state directory; or the user's data directory."""
+    if chosen := os.environ.get("COELD_STORE"):
+        return Path(chosen)
+    if state := os.environ.get("STATE_DIRECTORY"):  # set by systemd; may list several
+        return Path(state.split(":")[0]) / "store"
+    return Path.home() / ".local/share/coeld/store"
+
+
+def check_name(name: str) -> str:
+    """`name`, if it can name a model. Raises ModelError."""
+    if not NAME_PATTERN.fullmatch(name):
+        raise ModelError(
+            f"{name!r} cannot be the name of a model. Use 1 to 64 of a-z, 0-9, '.', '_' and '-', "
+            "beginning with a letter or digit."
+        )
+    return name
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns "no space left", "quota exceeded" and "file too large" into DiskFull."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFull(
+            f"the disk is full: {exc.strerror} at {path} ({free_bytes(path)} bytes are free). "
+            "Nothing was installed. Make room and run the same command again; it continues."
+        ) from exc
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes an ordinary user can still write on the file system that `path` is, or will be, on."""
+    while not path.exists():
+        path = path.parent
+    stat = os.statvfs(path)
+    return stat.f_bavail * stat.f_frsize
+
+
+class Store:
+    """The models of one device. Making the object touches nothing on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._blobs = root / "blobs"
+        self._models = root / "models"
+        self.partial = root / "partial"
+
+    # Reading
+
+    def names(self) -> list[str]:
+        """Names of all installed models, sorted; their manifests may still be damaged."""
+        found = [path.stem for path in self._models.glob("*.json")]
+        return sorted(name for name in found if NAME_PATTERN.fullmatch(name))
+
+    def manifest(self, name: str) -> Manifest:
+        """Raises UnknownModel, or BadModelFile when the manifest is damaged."""
+        path = self._models / f"{check_name(name)}.json"
+        try:
+            with path.open("rb") as file:
+                data = file.read(MANIFEST_BYTES_MAX + 1)
+        except FileNotFoundError:
+            have = ", ".join(self.names()) or "none"
+            raise UnknownModel(
+                f"no model {name!r} is installed in {self.root} (installed: {have}). "
+                f"Install it with: coeld model add {name}"
+            ) from None
+        try:
+            if len(data) > MANIFEST_BYTES_MAX:
+                raise ValueError("it is too long")
+            manifest = parse_manifest(data.decode())
+            if manifest.name != name:
+                raise ValueError(f"it is the manifest of {manifest.name!r}")
+        except (ValueError, RecursionError, BadModelFile) as exc:
+            raise BadModelFile(
+                f"{path} is damaged: {exc}. Remove the model and add it again: "
+                f"coeld model rm {name}"
+            ) from exc
+        return manifest
+
+    def models(self) -> list[Manifest]:
+        """All installed models, sorted by name. Raises BadModelFile when one is damaged."""
+        return [self.manifest(name) for name in self.names()]
+
+    def blob_path(self, ref: BlobRef) -> Path:
+        return self._blobs / ref.sha256
+
+    def has(self, ref: BlobRef) -> bool:
+        """Whether the blob is here with the right size; `verify` looks at the bytes."""
+        try:
+            return self.blob_path(ref).stat().st_size == ref.bytes
+        except FileNotFoundError:
+            return False
+
+    def verify(self, manifest: Manifest) -> None:
+        """Read every blob of a model. Raises BadChecksum when one is missing or altered."""
+        for ref in manifest.blobs():
+            path = self.blob_path(ref)
+            if not self.has(ref) or file_sha256(path) != ref.sha256:
+                state = "is damaged" if path.exists() else "is missing"
+                raise BadChecksum(
+                    f"blob {path} of model {manifest.name} {state}. Remove the model and add it "
+                    f"again: coeld model rm {manifest.name}, coeld model add {manifest.name}"
+                )
+
+    def tensors(self, ref: BlobRef) -> "dict[str, np.ndarray]":
+        """Read-only views of a blob's weights, in place in the page cache. Raises BadChecksum."""
+        import numpy as np
+
+        if not self.has(ref):
+            raise BadChecksum(
+                f"blob {self.blob_path(ref)} is missing or has the wrong size. "
+                "Remove the model and add it again: coeld model rm, coeld model add."
+            )
+        data = np.memmap(self.blob_path(ref), np.uint8, "r")
+        kinds = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
+        return {
+            name: np.asarray(data[tensor.offset : tensor.offset + tensor.bytes])
+            .view(kinds[tensor.dtype])
+            .reshape(tensor.shape)
+            for name, tensor in ref.tensors.items()
+        }
+
+    # Changing
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while the store changes; clears what earlier, killed changes left half-written.
+
+        Raises ModelError when another process holds it.
+        """
+        for directory in (self._blobs, self._models, self.partial):
+            directory.mkdir(parents=True, exist_ok=True)
+        with (self.root / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ModelError(
+                    f"another coeld process is adding or removing a model in {self.root}. "
+                    "Wait for it to finish, then run the command again."
+                ) from None
+            for path in self.partial.glob("*.tmp"):
+                path.unlink(missing_ok=True)
+            yield
+
+    def require_free(self, wanted_bytes: int) -> None:
+        """Raises DiskFull unless that much can be written."""
+        free = free_bytes(self.root)
+        if free < wanted_bytes:
+            raise DiskFull(
+                f"not enough room in {self.root}: {wanted_bytes} bytes are needed, {free} are "
+                f"free. Free {wanted_bytes - free} bytes, or choose another place with --store."
+            )
+
+    def put(self, data: bytes) -> str:
+        """Store a blob; returns its sha256. Raises DiskFull."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self._blobs / sha256
+        if not path.exists() or path.stat().st_size != len(data):
+            self._write(path, data, 0o444)
+        return sha256
+
+    def save(self, manifest: Manifest) -> None:
+        """Make the model exist. All of its blobs must be here. Raises DiskFull."""
+        missing = [ref.sha256 for ref in manifest.blobs() if not self.has(ref)]
+        assert not missing, f"blobs {missing} were not stored"
+        path = self._models / f"{check_name(manifest.name)}.json"
+        self._write(path, manifest.to_json().encode(), 0o644)
+
+    def remove(self, name: str) -> None:
+        """Remove a model, and the blobs that no other model uses. Raises UnknownModel.
+
+        Also forgets interrupted imports, since their blobs belong to no model.
+        """
+        with self.lock():
+            path = self._models / f"{check_name(name)}.json"
+            if not path.exists():
+                self.manifest(name)  # raises UnknownModel
+            path.unlink()
+            _flush_directory(self._models)
+            self._collect(name)
+            for left in self.partial.iterdir():
+                left.unlink()
+
+    def _collect(self, removed: str) -> None:
+        try:
+            used = {ref.sha256 for manifest in self.models() for ref in manifest.blobs()}
+        except BadModelFile as exc:
+            raise ModelError(
+                f"{removed} is removed, but its files are kept because another model may use "
+                f"them: {exc}"
+            ) from exc
+        for path in self._blobs.iterdir():
+            if path.name not in used:
+                path.unlink()
+
+    def _write(self, path: Path, data: bytes, mode: int) -> None:
+        with disk_errors(self.partial):
+            handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.partial)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fchmod(file.fileno(), mode)
+                    os.fsync(file.fileno())
+                Path(temporary).replace(path)
+                _flush_directory(path.parent)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
+
+
+def _flush_directory(path: Path) -> None:
+    """So that a rename or removal survives a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
