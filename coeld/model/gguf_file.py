@@ -49,7 +49,7 @@ class GgufTensor:
 
     name: str
     shape: tuple[int, ...]
-    type: Type
+    type: gguf.GGMLQuantizationType
     offset: int
     bytes: int
 

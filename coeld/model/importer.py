@@ -209,7 +209,7 @@ def attention_weights(layer: llama.Layer, shape: Shape) -> Weights:
 
 
 def expert_weights(layer: llama.Layer, shape: Shape, expert: int) -> Weights:
-    """Slice `expert` of the feed-forward block: its neurons' rows of gate and up, columns of down."""
+    """One slice of the feed-forward block: its neurons' rows of gate and up, columns of down."""
     neurons = slice(expert * shape.expert_width, (expert + 1) * shape.expert_width)
     return (
         _matrix("gate", layer.gate[neurons], shape)

@@ -4,8 +4,8 @@ Anyone can open a blob with onnxruntime and run it alone. The engine does not: i
 reads the weights in place, which needs each weight at a multiple of 64 bytes. Protobuf offers no
 alignment, but two of its rules give it: a message may be written in pieces, to be merged by the
 reader, and of a repeated single field the last one counts. So a blob is the serialised graph, then
-for each weight one more piece of the model: a `doc_string` of as many spaces as the alignment takes,
-and a `graph` with that one initializer.
+for each weight one more piece of the model: a `doc_string` of as many spaces as the alignment
+takes, and a `graph` with that one initializer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from coeld.model.manifest import BlobRef, Shape, TensorRef
+from coeld.model.manifest import Shape, TensorRef
 
 Weights = Mapping[str, NDArray[Any]]
 """Arrays by their name in the blob, uint8 or float32; a matrix `x` is `x.w` and `x.s`."""
@@ -62,8 +62,10 @@ def attention_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Ten
         _matmul("n1", "qkv", "qkv", (heads + 2 * kv_heads) * dim, h, shape),
         helper.make_node(
             "GroupQueryAttention",
-            ["qkv", "", "", "past_key", "past_value", "seqlens_k", "total_sequence_length"]
-            + ["cos", "sin"],
+            [
+                *("qkv", "", "", "past_key", "past_value"),
+                *("seqlens_k", "total_sequence_length", "cos", "sin"),
+            ],
             ["attended", "present_key", "present_value"],
             domain=MICROSOFT,
             num_heads=heads,
@@ -107,8 +109,8 @@ def head_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRe
 
 def embedding_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
     """ids (m,) int64 to rows (m, H) float32. Untied models only; tied ones use the head's."""
-    constants = {
-        "zero_point": np.float32(128).reshape(()),
+    constants: Weights = {
+        "zero_point": np.array(128, np.float32),
         "scale_axis": np.array([2], np.int64),
         "row_shape": np.array([-1, shape.hidden], np.int64),
     }

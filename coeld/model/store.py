@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from coeld.errors import BadChecksum, BadModelFile, DiskFull, ModelError, UnknownModel
 from coeld.model.manifest import BlobRef, Manifest, parse_manifest
@@ -155,7 +155,7 @@ class Store:
                 "Remove the model and add it again: coeld model rm, coeld model add."
             )
         data = np.memmap(self.blob_path(ref), np.uint8, "r")
-        kinds = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
+        kinds: dict[str, np.dtype[Any]] = {"uint8": np.dtype("u1"), "float32": np.dtype("<f4")}
         return {
             name: np.asarray(data[tensor.offset : tensor.offset + tensor.bytes])
             .view(kinds[tensor.dtype])

@@ -76,8 +76,8 @@ def read_vocabulary(file: GgufFile, vocab: int) -> Vocabulary:
     pre = expect(file, "tokenizer.ggml.pre", str, bool, "default")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"{file.path} has the tokenizer {kind!r} with pre-tokenizer {pre!r}. coeld knows 'gpt2' "
-            f"with {', '.join(PRE_TOKENIZERS)}."
+            f"{file.path} has the tokenizer {kind!r} with pre-tokenizer {pre!r}. coeld knows "
+            f"'gpt2' with {', '.join(PRE_TOKENIZERS)}."
         )
     tokens = _texts(file, "tokenizer.ggml.tokens")
     if len(tokens) != vocab or len(set(tokens)) != vocab:
