@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from coeld.datapath.ports import Call, ExpertRunner, PeerLink, Rows
-from coeld.datapath.request import Request
+from coeld.datapath.request import Cancelled, Request
 from coeld.errors import NotCovered, PeerError
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -25,10 +25,6 @@ COOLDOWN_S: Final = 0.5
 
 WAIT_S_MAX: Final = 0.25
 """Between two looks at the routes while waiting; a new table wakes the waiter at once."""
-
-
-class Cancelled(Exception):
-    """The caller gave up; not an error."""
 
 
 class RouteBoard:

@@ -108,9 +108,7 @@ def pack_experts(
 def pack_result(call_id: int, layer: int, y: NDArray[np.float32]) -> list[bytes | memoryview]:
     """A RESULT frame for y (n, H)."""
     rows, hidden = y.shape
-    head = HEADER.pack(
-        MAGIC, VERSION, Kind.RESULT, 1, 0, call_id, layer, 0, rows, hidden, y.nbytes
-    )
+    head = HEADER.pack(MAGIC, VERSION, Kind.RESULT, 1, 0, call_id, layer, 0, rows, hidden, y.nbytes)
     return [head, np.ascontiguousarray(y).data.cast("B")]
 
 
@@ -125,7 +123,7 @@ def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | m
 def unpack_experts(
     header: Header, payload: memoryview
 ) -> tuple[frozenset[int], NDArray[np.float32]]:
-    """Expert ids and rows (n, H), a view of `payload`. Raises FrameError on repeated ids, NaN, Inf."""
+    """Expert ids, and rows (n, H) as a view. Raises FrameError on repeated ids, NaN or Inf."""
     ids = np.frombuffer(payload, "<u2", header.experts)
     experts = frozenset(ids.tolist())
     if len(experts) != header.experts:

@@ -1,37 +1,55 @@
-"""One request: what was asked, what has been generated, why it ended."""
+"""One request: what was asked, what has been generated, and who listens."""
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, Protocol
 
+import numpy as np
+
+from coeld.datapath.ports import Cache
 from coeld.datapath.sampling import Sampling
+from coeld.errors import CoeldError
 
 FinishReason = Literal["stop", "length"]
 
 
+class Cancelled(Exception):  # noqa: N818 - not an error: the caller gave up
+    """The request was cancelled while it waited."""
+
+
+class Listener(Protocol):
+    """Told about one request's progress, from the decoder's thread; must not block."""
+
+    def token(self, token: int) -> bool:
+        """A generated token (never end-of-turn). True: a stop string was completed, end here."""
+        ...
+
+    def done(self, request: "Request", reason: FinishReason) -> None: ...
+
+    def failed(self, request: "Request", error: CoeldError) -> None: ...
+
+
 @dataclass(slots=True)
 class Request:
-    """Owned by the scheduler's thread once submitted; `cancelled` may be set by any thread."""
+    """Owned by the scheduler once submitted; only `cancelled` may be touched by other threads."""
 
     id: str
     prompt: list[int]
     """Token ids, at least one."""
     tokens_max: int
     """Tokens to generate at most; prompt and answer together fit the context."""
+    listener: Listener
     sampling: Sampling = field(default_factory=Sampling)
     eos_tokens: frozenset[int] = frozenset()
-    on_token: Callable[[int], bool] = lambda _token: False
-    """Called with each generated token (end-of-turn excepted); True means: a stop string came."""
-    cache: Any = None
-    generator: Any = None
-    generated: int = 0
+    cache: Cache | None = None
+    generator: np.random.Generator = field(default_factory=np.random.default_rng)
     prefilled: int = 0
     """Prompt tokens already in the cache."""
+    generated: int = 0
     last: int = 0
     """The token to decode next."""
     prefill_s: float = 0.0
     decode_s: float = 0.0
     stalls_s: list[float] = field(default_factory=list)
-    """Times this request waited for an expert without a reachable owner."""
+    """How long it waited, each time an expert had no reachable owner."""
     cancelled: threading.Event = field(default_factory=threading.Event)

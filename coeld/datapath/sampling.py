@@ -27,9 +27,7 @@ class Sampling:
         return np.random.default_rng(self.seed)
 
 
-def choose(
-    logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator
-) -> int:
+def choose(logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:
     """The next token for logits (V,)."""
     if sampling.temperature <= 0:
         return int(logits.argmax())

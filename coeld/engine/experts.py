@@ -116,9 +116,7 @@ class ExpertSet:
 
 
 @lru_cache(maxsize=1024)
-def _mask(
-    resident: tuple[int, ...], wanted: frozenset[int], width: int
-) -> NDArray[np.float32]:
+def _mask(resident: tuple[int, ...], wanted: frozenset[int], width: int) -> NDArray[np.float32]:
     """(1, len(resident) * width): 1 for the neurons of wanted experts."""
     flags = np.array([[expert in wanted for expert in resident]], np.float32)
     return np.repeat(flags, width, axis=1)

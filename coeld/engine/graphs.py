@@ -140,7 +140,8 @@ def _attention(
     t, p, eps = store.tensors(manifest.attention[layer]), f"l{layer}.", shape.norm_epsilon
     norm1 = graph.constant(p + "norm1", t["attention_norm"])
     if x is None:
-        graph.add("SimplifiedLayerNormalization", [residual, norm1], [p + "n"], axis=-1, epsilon=eps)
+        names = [p + "n"]
+        graph.add("SimplifiedLayerNormalization", [residual, norm1], names, axis=-1, epsilon=eps)
     else:
         names = [p + "n", "", "", p + "r"]
         graph.add("SkipSimplifiedLayerNormalization", [residual, x, norm1], names, epsilon=eps)
@@ -185,9 +186,8 @@ def _head(graph: Graph, manifest: Manifest, store: Tensors, residual: str, x: st
     shape, t = manifest.shape, store.tensors(manifest.head)
     norm = graph.constant("norm", t["norm"])
     assert x is not None, "the head follows at least one layer"
-    graph.add(
-        "SkipSimplifiedLayerNormalization", [residual, x, norm], ["final"], epsilon=shape.norm_epsilon
-    )
+    inputs, eps = [residual, x, norm], shape.norm_epsilon
+    graph.add("SkipSimplifiedLayerNormalization", inputs, ["final"], epsilon=eps)
     rows = graph.take("rows", I64, ["m"])
     graph.add("Gather", ["final", rows], ["picked"], axis=1)
     graph.matmul("picked", "logits", "head", [t], "head")

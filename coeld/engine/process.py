@@ -1,0 +1,334 @@
+"""The engine process: it does what the agent says, and tells what came of it.
+
+Four kinds of threads: the main one reads the agent's orders; the *decoder* owns the trunk and
+every request; the *loader* reads experts from disk while answers stream; one per peer connection
+runs experts for that peer. A bug in any of them ends the process: the agent restarts it, and a
+half-working engine is worse than none.
+"""
+
+import os
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from coeld.datapath.request import FinishReason, Request
+from coeld.datapath.sampling import Sampling
+from coeld.datapath.dispatch import not_covered
+from coeld.engine.calibrate import kernel_mb_per_s
+from coeld.engine.link import Link
+from coeld.engine.open_model import OpenModel
+from coeld.engine.protocol import error_to_json
+from coeld.engine.sessions import sweep_stale_files, use_threads
+from coeld.engine.text import Stream
+from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
+from coeld.ids import Lot, NodeId
+from coeld.model.store import Store
+from coeld.net.peers import Introduction, PeerPool, PeerServer
+from coeld.routes import RouteTable
+
+EXIT_BUG: Final = 70
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The engine's command line."""
+
+    store: Path
+    node: NodeId
+    swarm: str
+    host: str
+    port: int
+    threads: int
+    context_tokens: int
+    requests_max: int
+    call_deadline_ms: int
+    patience_s: float
+
+
+class Engine:
+    """Everything the process holds."""
+
+    def __init__(self, options: Options, link: Link) -> None:
+        """Raises OSError when the data port is taken."""
+        self._options = options
+        self._link = link
+        self._store = Store(options.store)
+        self._server = PeerServer(options.host, options.port)
+        self._model: OpenModel | None = None
+        self._pool: PeerPool | None = None
+        self._requests: dict[str, Request] = {}
+        self._decoder_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._loader_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+
+    def run(self) -> None:
+        """Serve the agent until it goes away or says quit."""
+        use_threads(self._options.threads)
+        sweep_stale_files()
+        threads = [
+            threading.Thread(target=_fatal(loop), name=name, daemon=True)
+            for name, loop in (("decoder", self._decode), ("loader", self._load))
+        ]
+        for thread in threads:
+            thread.start()
+        self._link.say(
+            "ready",
+            data_host=self._server.host,
+            data_port=self._server.port,
+            kernel_mb_per_s=kernel_mb_per_s(),
+        )
+        for message in self._link.messages():
+            if message.get("op") == "quit":
+                break
+            self._obey(message)
+        self._decoder_jobs.put(None)
+        self._loader_jobs.put(None)
+        self._server.close()
+        for thread in threads:
+            thread.join(0.5)
+        self._link.close()
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"op": "open", "model": str(name)}:
+                self._decoder_jobs.put(lambda: self._open(name))
+            case {"op": "routes", "table": dict(table)}:
+                self._route(RouteTable.from_json(table))
+            case {"op": "load", "lots": list(lots)}:
+                self._loader_jobs.put(lambda: self._load_lots(_lots(lots)))
+            case {"op": "drop", "lots": list(lots)}:
+                self._loader_jobs.put(lambda: self._drop_lots(_lots(lots)))
+            case {"op": "generate", "id": str(ident)}:
+                self._decoder_jobs.put(lambda: self._generate(ident, message))
+            case {"op": "cancel", "id": str(ident)}:
+                self._cancel(ident)
+            case {"op": "stats"}:
+                self._link.say("stats", **self._stats())
+            case _:
+                raise AssertionError(f"the agent said {message}")
+
+    # The decoder's thread
+
+    def _decode(self) -> None:
+        while True:
+            busy = self._model is not None and bool(self._model.scheduler.active)
+            try:
+                job = self._decoder_jobs.get(block=not busy)
+            except queue.Empty:
+                assert self._model is not None
+                self._model.scheduler.turn()
+                continue
+            if job is None:
+                return
+            job()
+
+    def _open(self, name: str) -> None:
+        options = self._options
+        try:
+            manifest = self._store.manifest(name)
+            introduction = Introduction(options.swarm, manifest.hash, options.node)
+            pool = PeerPool(introduction, options.call_deadline_ms / 1000)
+            model = OpenModel(
+                manifest,
+                self._store,
+                me=options.node,
+                peers=pool,
+                context_tokens=options.context_tokens,
+                patience_s=options.patience_s,
+                on_failure=self._call_failed,
+            )
+            model.refit()
+        except CoeldError as exc:
+            self._link.say("failed", model=name, **error_to_json(exc))
+            return
+        if self._model is not None:
+            self._model.scheduler.fail_all(NoModel("Another model is being opened: ask again."))
+        if self._pool is not None:
+            self._pool.close()
+        self._model, self._pool = model, pool
+        self._server.serve(introduction, manifest.shape.hidden, model.experts.run)
+        self._link.say(
+            "opened",
+            model=name,
+            context_tokens=model.context_tokens,
+            trunk_bytes=manifest.trunk_bytes,
+            hash=manifest.hash,
+        )
+
+    def _generate(self, ident: str, order: dict[str, Any]) -> None:
+        listener = _Answer(self, ident)
+        try:
+            model = self._ready_for_request()
+            prompt = order.get("prompt")
+            if prompt is None:
+                tokens = model.text.encode_chat(order["messages"])
+            else:
+                tokens = model.text.encode(prompt)
+            if not tokens:
+                raise BadRequest("The prompt is empty: there is nothing to continue.", "prompt")
+            request = Request(
+                id=ident,
+                prompt=tokens,
+                tokens_max=0,
+                listener=listener,
+                sampling=Sampling(
+                    order["temperature"], order["top_p"], order["top_k"], order["seed"]
+                ),
+                eos_tokens=frozenset(model.manifest.eos_tokens),
+            )
+            model.admit(request, order["max_tokens"])
+        except CoeldError as exc:
+            self._link.say("error", id=ident, **error_to_json(exc))
+            return
+        listener.stream = model.text.stream(order["stop"])
+        self._requests[ident] = request
+        model.scheduler.submit(request)
+
+    def _ready_for_request(self) -> OpenModel:
+        if self._model is None:
+            raise NoModel("No model is open on this device yet: see coeld status.")
+        if len(self._model.scheduler.active) >= self._options.requests_max:
+            raise Overloaded(
+                f"{self._options.requests_max} requests are under way (engine.requests_max): "
+                "ask again in a moment."
+            )
+        table = self._model.board.table
+        if table is not None and table.missing_bytes:
+            raise not_covered(table.missing_bytes)
+        return self._model
+
+    def _refit(self) -> None:
+        if self._model is not None:
+            self._model.refit()
+
+    def _call_failed(self, node: NodeId, error: PeerError) -> None:
+        self._link.say("call_failed", node=node, why=str(error))
+
+    # The loader's thread
+
+    def _load(self) -> None:
+        while (job := self._loader_jobs.get()) is not None:
+            job()
+
+    def _load_lots(self, lots: list[Lot]) -> None:
+        named = [list(lot) for lot in lots]
+        if self._model is None:
+            self._link.say("load_failed", lots=named, why="no model is open")
+            return
+        try:
+            self._model.experts.load(lots)
+        except (CoeldError, OSError, MemoryError) as exc:
+            self._link.say("load_failed", lots=named, why=str(exc) or type(exc).__name__)
+            return
+        self._model.board.nudge()
+        self._link.say("loaded", lots=named)
+        self._decoder_jobs.put(self._refit)
+
+    def _drop_lots(self, lots: list[Lot]) -> None:
+        if self._model is not None:
+            self._model.experts.drop(lots)
+        self._link.say("dropped", lots=[list(lot) for lot in lots])
+        self._decoder_jobs.put(self._refit)
+
+    # Any thread
+
+    def _route(self, table: RouteTable) -> None:
+        model = self._model
+        if model is not None and table.model == model.manifest.hash:
+            model.board.pin(table)
+            self._decoder_jobs.put(self._refit)
+
+    def _cancel(self, ident: str) -> None:
+        request = self._requests.pop(ident, None)
+        if request is not None:
+            request.cancelled.set()
+            if self._model is not None:
+                self._model.board.nudge()
+
+    def ended(self, ident: str, event: str, **fields: Any) -> None:
+        """A request is over: forget it and tell the agent."""
+        if self._requests.pop(ident, None) is not None:
+            self._link.say(event, id=ident, **fields)
+
+    def said(self, ident: str, text: str) -> None:
+        self._link.say("token", id=ident, text=text)
+
+    def _stats(self) -> dict[str, Any]:
+        model, pool = self._model, self._pool
+        statm = Path("/proc/self/statm").read_text().split()
+        peers = {}
+        for node, stats in pool.stats().items() if pool else ():
+            times = sorted(stats.rtt_us)
+            peers[node] = {
+                "calls": stats.calls,
+                "failures": stats.failures,
+                "rtt_us_p50": times[len(times) // 2] if times else None,
+            }
+        caches = [request.cache for request in model.scheduler.active] if model else []
+        return {
+            "rss_bytes": int(statm[1]) * PAGE_BYTES,
+            "weights_bytes": model.manifest.trunk_bytes + model.experts.bytes if model else 0,
+            "kv_bytes": sum(getattr(cache, "bytes", 0) for cache in caches),
+            "lots": len(model.experts.lots) if model else 0,
+            "requests": len(caches),
+            "peers": peers,
+            "refused": self._server.refused,
+            "steps": model.plan if model else "",
+        }
+
+
+class _Answer:
+    """Turns one request's tokens into text for the agent."""
+
+    stream: Stream
+
+    def __init__(self, engine: Engine, ident: str) -> None:
+        self._engine = engine
+        self._ident = ident
+
+    def token(self, token: int) -> bool:
+        text, stopped = self.stream.push(token)
+        if text:
+            self._engine.said(self._ident, text)
+        return stopped
+
+    def done(self, request: Request, reason: FinishReason) -> None:
+        rest = self.stream.flush()
+        if rest:
+            self._engine.said(self._ident, rest)
+        self._engine.ended(
+            self._ident,
+            "done",
+            finish_reason=reason,
+            prompt_tokens=len(request.prompt),
+            completion_tokens=request.generated,
+            prefill_s=round(request.prefill_s, 6),
+            decode_s=round(request.decode_s, 6),
+            stalls=[round(stall_s, 3) for stall_s in request.stalls_s],
+        )
+
+    def failed(self, request: Request, error: CoeldError) -> None:
+        self._engine.ended(self._ident, "error", **error_to_json(error))
+
+
+def _lots(values: list[Any]) -> list[Lot]:
+    return [Lot(int(layer), int(expert)) for layer, expert in values]
+
+
+def _fatal(loop: Callable[[], None]) -> Callable[[], None]:
+    """Run a thread's loop; if it breaks, end the process after the traceback is printed."""
+
+    def guarded() -> None:
+        try:
+            loop()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(EXIT_BUG)
+
+    return guarded

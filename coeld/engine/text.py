@@ -1,0 +1,114 @@
+"""Text to tokens and back: tokenizer, chat template, streaming with stop strings.
+
+The template comes from the model's author and is code, so it runs in Jinja2's sandbox.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Final
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from coeld.errors import BadModelFile, BadRequest
+from coeld.model.manifest import Manifest
+from coeld.model.store import Store
+
+TEMPLATE_OUTPUT_CHARS_MAX: Final = 16 << 20
+
+
+class Text:
+    """The tokenizer and chat template of one model."""
+
+    def __init__(self, manifest: Manifest, store: Store) -> None:
+        """Raises BadModelFile when the tokenizer or the template cannot be read."""
+        self._manifest = manifest
+        try:
+            self._tokenizer = Tokenizer.from_str(
+                store.blob_path(manifest.tokenizer).read_text("utf-8")
+            )
+            template = manifest.chat_template
+            source = store.blob_path(template).read_text("utf-8") if template else None
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            environment.globals["raise_exception"] = _raise
+            environment.filters["tojson"] = json.dumps
+            self._template = environment.from_string(source) if source else None
+        except (OSError, ValueError, TemplateError) as exc:
+            raise BadModelFile(
+                f"tokenizer or chat template of {manifest.name} cannot be read ({exc}). "
+                "Remove the model and add it again."
+            ) from exc
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the beginning-of-text token if the model wants one."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        bos = self._manifest.bos_token
+        return [bos, *ids] if self._manifest.add_bos and bos is not None else ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn. Raises BadRequest."""
+        if self._template is None:
+            raise BadRequest(
+                f"{self._manifest.name} has no chat template: use /v1/completions.", "messages"
+            )
+        try:
+            text = self._template.render(
+                messages=list(messages),
+                add_generation_prompt=True,
+                bos_token=self._token(self._manifest.bos_token),
+                eos_token=self._token(next(iter(self._manifest.eos_tokens), None)),
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
+            raise BadRequest(
+                f"the chat template refuses these messages: {exc}", "messages"
+            ) from exc
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, stop: Sequence[str] = ()) -> "Stream":
+        return Stream(self._tokenizer, stop)
+
+    def _token(self, token: int | None) -> str:
+        return "" if token is None else self._tokenizer.id_to_token(token) or ""
+
+
+class Stream:
+    """Tokens to text as it may be shown: never half a character, never part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._stop = [text for text in stop if text]
+        self._held = ""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Text that is now certain, and whether a stop string was completed (it is cut off)."""
+        self._held += self._decode.step(self._tokenizer, token) or ""
+        found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
+        if found:
+            text, self._held = self._held[: min(found)], ""
+            return text, True
+        keep = _overlap(self._held, self._stop)
+        text, self._held = self._held[: len(self._held) - keep], self._held[-keep:] if keep else ""
+        return text, False
+
+    def flush(self) -> str:
+        """What was held back, at the end of an answer."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which some stop string begins."""
+    longest = 0
+    for stop in stops:
+        for size in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:size]):
+                longest = size
+                break
+    return longest
+
+
+def _raise(message: Any) -> None:
+    raise TemplateError(str(message))
