@@ -30,7 +30,8 @@ class RouteTable:
     epoch: int
     owners: Mapping[Lot, tuple[NodeId, ...]]
     addresses: Mapping[NodeId, tuple[str, int]] = field(default_factory=dict)
-    """host, port of each owner's data path."""
+    """host, port of the data path of every alive device with this model, owner or not: whoever is
+    here may call."""
     missing_bytes: int = 0
 
     def owners_of(self, lot: Lot) -> tuple[NodeId, ...]:

@@ -1,1 +1,4 @@
-"""A token's journey: request, scheduler, plan, decoder, dispatch, frames. No sockets, no ONNX Runtime."""
+"""A token's journey: request, scheduler, plan, decoder, dispatch, frames.
+
+No sockets and no ONNX Runtime here: they come in through `ports`.
+"""

@@ -1,4 +1,4 @@
-"""The decoder: tokens in, logits out, span by span and cut by cut. A token's journey in one loop."""
+"""The decoder: tokens in, logits out, span by span and cut by cut: a token's journey."""
 
 from collections.abc import Sequence
 

@@ -19,7 +19,7 @@ REPEATS: Final = 7
 
 
 def kernel_mb_per_s() -> int:
-    """Weight bytes per second in decode, in MB/s; the best of a few runs, since noise only slows."""
+    """Weight bytes per second in decode, in MB/s: the best of a few runs."""
     w = np.full((ROWS_OUT, WIDTH // BLOCK, BLOCK), 129, np.uint8)
     s = np.full((ROWS_OUT, WIDTH // BLOCK), 1e-3, np.float32)
     node = helper.make_node(

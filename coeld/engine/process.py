@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from coeld.datapath.dispatch import not_covered
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
-from coeld.datapath.dispatch import not_covered
 from coeld.engine.calibrate import kernel_mb_per_s
 from coeld.engine.link import Link
 from coeld.engine.open_model import OpenModel

@@ -6,7 +6,7 @@ outlives the other and there is no path to clean up.
 
 Agent to engine (`op`):
     open        {model: name}                 open a model of the store: its trunk, its tokenizer
-    routes      {table: RouteTable.to_json(), me: node}
+    routes      {table: RouteTable.to_json()}
     load, drop  {lots: [[layer, expert], …]}
     generate    {id, prompt: str | messages: [{role, content}], max_tokens: int | null,
                  temperature: float, top_p: float, top_k: int, seed: int | null, stop: [str]}
