@@ -154,10 +154,12 @@ class _Import:
 
     def _source_bytes(self, part: str) -> int:
         """Bytes of the file that a part is made of, for the progress bar."""
-        prefix = {"head": "output", "embedding": "token_embd"}.get(
-            part, part.replace("layer ", "blk.") + "."
-        )
-        return sum(t.bytes for name, t in self._file.tensors.items() if name.startswith(prefix))
+        if part == "head":
+            prefixes = ("output", "token_embd") if self._tied else ("output",)
+        else:
+            own = "token_embd" if part == "embedding" else part.replace("layer ", "blk.") + "."
+            prefixes = (own,)
+        return sum(t.bytes for name, t in self._file.tensors.items() if name.startswith(prefixes))
 
     def _wanted_bytes(self, journal: dict[str, list[BlobRef]]) -> int:
         """Bytes still to be written."""

@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ class Store:
         self._blobs = root / "blobs"
         self._models = root / "models"
         self.partial = root / "partial"
+        self._locked = False
 
     # Reading
 
@@ -169,8 +171,11 @@ class Store:
     def lock(self) -> Iterator[None]:
         """Held while the store changes; clears what earlier, killed changes left half-written.
 
-        Raises ModelError when another process holds it.
+        May be nested. Raises ModelError when another process holds it.
         """
+        if self._locked:
+            yield
+            return
         for directory in (self._blobs, self._models, self.partial):
             directory.mkdir(parents=True, exist_ok=True)
         with (self.root / "lock").open("a") as file:
@@ -182,8 +187,12 @@ class Store:
                     "Wait for it to finish, then run the command again."
                 ) from None
             for path in self.partial.glob("*.tmp"):
-                path.unlink(missing_ok=True)
-            yield
+                _discard(path)
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def require_free(self, wanted_bytes: int) -> None:
         """Raises DiskFull unless that much can be written."""
@@ -222,7 +231,7 @@ class Store:
             _flush_directory(self._models)
             self._collect(name)
             for left in self.partial.iterdir():
-                left.unlink()
+                _discard(left)
 
     def _collect(self, removed: str) -> None:
         try:
@@ -250,6 +259,13 @@ class Store:
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _flush_directory(path: Path) -> None:
