@@ -21,6 +21,7 @@ from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
 from coeld.engine.calibrate import kernel_mb_per_s
 from coeld.engine.link import Link
+from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
 from coeld.engine.protocol import error_to_json
 from coeld.engine.sessions import sweep_stale_files, use_threads
@@ -32,7 +33,6 @@ from coeld.net.peers import Introduction, PeerPool, PeerServer
 from coeld.routes import RouteTable
 
 EXIT_BUG: Final = 70
-PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,7 +260,6 @@ class Engine:
 
     def _stats(self) -> dict[str, Any]:
         model, pool = self._model, self._pool
-        statm = Path("/proc/self/statm").read_text().split()
         peers = {}
         for node, stats in pool.stats().items() if pool else ():
             times = sorted(stats.rtt_us)
@@ -271,7 +270,7 @@ class Engine:
             }
         caches = [request.cache for request in model.scheduler.active] if model else []
         return {
-            "rss_bytes": int(statm[1]) * PAGE_BYTES,
+            "rss_bytes": resident_bytes(),
             "weights_bytes": model.manifest.trunk_bytes + model.experts.bytes if model else 0,
             "kv_bytes": sum(getattr(cache, "bytes", 0) for cache in caches),
             "lots": len(model.experts.lots) if model else 0,

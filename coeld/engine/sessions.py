@@ -24,6 +24,7 @@ from onnx import NodeProto as Node
 INLINE_BYTES_MAX: Final = 1024
 """Smaller initialisers travel inside the graph: external data must be worth a mapping."""
 
+PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1))
 IR_VERSION: Final = 10
 
