@@ -310,6 +310,11 @@ def _check_across(config: Config) -> None:
         raise ConfigError(
             "network.data_port, network.mqtt_port and api.tcp_port must differ from each other."
         )
+    if network.host in ("", "0.0.0.0", "::"):
+        raise ConfigError(
+            f"network.host = {network.host!r}: name one address of this device, because the others "
+            "are told to connect to it."
+        )
     if not network.allow_unencrypted and not is_loopback(network.host):
         raise ConfigError(
             f"network.host = {network.host!r}: only loopback addresses (127.0.0.1, ::1, "

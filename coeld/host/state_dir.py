@@ -1,9 +1,9 @@
 """The state directory: who this device is, and that only one daemon is this device.
 
-`identity.json` holds the node id, made once, and the incarnation, raised and flushed to disk before
-anything is said to the swarm: a device that came back always outranks its own past. If the file is
-damaged, the device becomes a new one: the swarm then sees the old id die and a new one arrive, which
-costs one re-plan, while a refusal to start would cost a person's evening.
+`identity.json` holds the node id, made once, and the incarnation, raised and flushed to disk
+before anything is said to the swarm: a device that came back always outranks its own past. If the
+file is damaged, the device becomes a new one: the swarm then sees the old id die and a new one
+arrive, which costs one re-plan, while a refusal to start would cost a person's evening.
 """
 
 import fcntl

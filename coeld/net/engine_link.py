@@ -1,0 +1,337 @@
+"""The agent's side of the engine: keeps one running, opens the model, carries requests.
+
+Turns what the engine says into node events, and one socket into many answers. The engine cannot be
+slowed down by a reader, so each answer has a bounded buffer; a reader that falls that far behind is
+cut off and its request cancelled. When the engine dies, running answers fail with EngineGone, the
+node learns that nothing is in memory any more, and a new engine is started after a pause that
+doubles while engines keep dying young.
+"""
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from coeld.engine.protocol import error_from_json
+from coeld.errors import CoeldError, EngineGone, FrameError, ModelError, NoModel, StartError
+from coeld.events import (
+    CallFailed,
+    EngineStarted,
+    EngineStopped,
+    Event,
+    LoadFailed,
+    LotsDropped,
+    LotsLoaded,
+)
+from coeld.host.engine_process import EngineOptions, EngineProcess
+from coeld.ids import Lot, NodeId
+from coeld.model.store import Store
+from coeld.routes import RouteTable
+from coeld.view import ModelDemand
+
+BUFFERED_EVENTS_MAX: Final = 1024
+"""Token events that wait for a slow reader of one answer."""
+READY_S: Final = 60.0
+"""From start to "ready"; includes imports and the measurement of the kernels."""
+STORE_POLL_S: Final = 2.0
+REOPEN_S: Final = 30.0
+"""From asking the engine to open a model to asking again, if it has not."""
+RESTART_S: Final = (0.2, 10.0)
+"""First and longest pause before a restart."""
+YOUNG_S: Final = 30.0
+"""An engine that dies younger than this doubles the pause."""
+STATS_S: Final = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Answer:
+    """The events of one request, as they arrive; iterate it until it ends or raises CoeldError."""
+
+    def __init__(self) -> None:
+        self._events: deque[dict[str, Any]] = deque()
+        self._changed = asyncio.Event()
+        self._failure: CoeldError | None = None
+        self.ended = False
+
+    def push(self, event: dict[str, Any]) -> bool:
+        """False when the buffer is full: the reader is too slow."""
+        self.ended = event["ev"] == "done"
+        self._events.append(event)
+        self._changed.set()
+        return self.ended or len(self._events) < BUFFERED_EVENTS_MAX
+
+    def fail(self, failure: CoeldError) -> None:
+        self._failure, self.ended = failure, True
+        self._changed.set()
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        return self._iterate()
+
+    async def _iterate(self) -> AsyncIterator[dict[str, Any]]:
+        while True:
+            while self._events:
+                event = self._events.popleft()
+                yield event
+                if event["ev"] == "done":
+                    return
+            if self._failure:
+                raise self._failure
+            self._changed.clear()
+            await self._changed.wait()
+
+
+class EngineLink:
+    """Start with `run`; everything else may be called at any time."""
+
+    def __init__(
+        self, options: EngineOptions, model_name: str, emit: Callable[[Event], None]
+    ) -> None:
+        self._options = options
+        self._store = Store(options.store_dir)
+        self._wanted = model_name
+        self._emit = emit
+        self._process: EngineProcess | None = None
+        self._address: tuple[str, int] | None = None
+        self._answers: dict[int, Answer] = {}
+        self._ids = itertools.count(1)
+        self._stats: dict[str, Any] = {}
+        self._stats_changed = asyncio.Event()
+        self._try_open_at = 0.0
+        self.kernel_mb_per_s = 0
+        self.model: ModelDemand | None = None
+        """What is open; None while nothing is."""
+        self.context_tokens = 0
+        self.trouble = "the engine is starting"
+        """Why there is no open model, and what to do."""
+        self.restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    # Requests
+
+    @asynccontextmanager
+    async def generate(self, request: dict[str, Any]) -> AsyncIterator[Answer]:
+        """Run a request (fields as in engine/protocol.py); leaving the block cancels it.
+
+        Raises NoModel when nothing is open.
+        """
+        if self.model is None:
+            raise NoModel(f"no model can answer yet: {self.trouble}")
+        number, answer = next(self._ids), Answer()
+        self._answers[number] = answer
+        self._send({"op": "generate", "id": number, **request})
+        try:
+            yield answer
+        finally:
+            self._answers.pop(number, None)
+            if not answer.ended:
+                self._send({"op": "cancel", "id": number})
+
+    async def stats(self) -> dict[str, Any]:
+        """What the engine says about itself now, or said last."""
+        if self._process:
+            self._stats_changed.clear()
+            self._send({"op": "stats"})
+            try:
+                await asyncio.wait_for(self._stats_changed.wait(), STATS_S)
+            except TimeoutError:
+                log.debug("the engine is too busy to answer a stats request")
+        return self._stats
+
+    # Effects
+
+    def load(self, lots: Iterable[Lot]) -> None:
+        self._send({"op": "load", "lots": [list(lot) for lot in lots]})
+
+    def drop(self, lots: Iterable[Lot]) -> None:
+        self._send({"op": "drop", "lots": [list(lot) for lot in lots]})
+
+    def routes(self, table: RouteTable, me: NodeId) -> None:
+        self._send({"op": "routes", "table": table.to_json(), "me": me})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._process:
+            self._process.send(message)
+
+    # Life
+
+    async def run(self) -> None:
+        """Keep an engine running until cancelled; then stop it.
+
+        Raises StartError when the very first one cannot start.
+        """
+        loop = asyncio.get_running_loop()
+        pause_s = RESTART_S[0]
+        while True:
+            born = loop.time()
+            try:
+                await self._live(first=self.restarts == 0)
+            finally:
+                self._gone()
+            if loop.time() - born > YOUNG_S:
+                pause_s = RESTART_S[0]
+            self.restarts += 1
+            log.warning("starting a new engine in %.1f s", pause_s)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RESTART_S[1])
+
+    async def _live(self, first: bool) -> None:
+        """One engine from start to end."""
+        process = await EngineProcess.start(self._options)
+        why = "it closed its socket"
+        try:
+            await self._expect_ready(process)
+            self._process = process
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(self._watch_store(), name="engine-store-watcher")
+                while (event := await process.receive()) is not None:
+                    self._handle(event)
+                watcher.cancel()
+        except* FrameError as group_error:
+            why = f"it said something that is no message: {group_error.exceptions[0]}"
+        except* StartError:
+            if first:
+                raise
+            log.exception("the engine cannot start")
+        finally:
+            self._process = None
+            status = await process.stop()
+            log.warning("the engine has gone: %s (exit status %s)", why, status)
+
+    def _gone(self) -> None:
+        for answer in self._answers.values():
+            answer.fail(
+                EngineGone(
+                    "the engine process died while it answered; a new one is being started. "
+                    "Ask again in a few seconds."
+                )
+            )
+        self._answers.clear()
+        was_started, self._address = self._address, None
+        self.model, self._try_open_at = None, 0.0
+        self.trouble = "the engine died and is being restarted"
+        if was_started:
+            self._emit(EngineStopped())
+
+    async def _expect_ready(self, process: EngineProcess) -> None:
+        try:
+            event = await asyncio.wait_for(process.receive(), READY_S)
+        except TimeoutError:
+            raise StartError(
+                f"the engine did not get ready within {READY_S:.0f} s. Its messages, above, may "
+                "say why."
+            ) from None
+        if event is None:
+            raise StartError("the engine ended while starting. Its messages, above, say why.")
+        if event.get("ev") != "ready":
+            raise StartError(str(event.get("message", event)))
+        self._address = (str(event["data_host"]), int(event["data_port"]))
+        self.kernel_mb_per_s = int(event["kernel_mb_per_s"])
+
+    def _handle(self, event: dict[str, Any]) -> None:
+        """One message. Raises FrameError when a field is missing or of the wrong type."""
+        try:
+            kind = event["ev"]
+            if kind in ("token", "done", "error"):
+                self._route(event)
+            elif kind == "stats":
+                self._stats = event
+                self._stats_changed.set()
+            else:
+                self._control(kind, event)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise FrameError(f"{exc!r} in {str(event)[:200]}") from exc
+
+    def _control(self, kind: str, event: dict[str, Any]) -> None:
+        match kind:
+            case "loaded":
+                self._emit(LotsLoaded(_lots(event)))
+            case "dropped":
+                self._emit(LotsDropped(_lots(event)))
+            case "load_failed":
+                self._emit(LoadFailed(_lots(event), str(event["why"])))
+            case "call_failed":
+                self._emit(CallFailed(NodeId(str(event["node"]))))
+            case "opened":
+                self._opened(event)
+            case "failed":
+                self.trouble = str(event["message"])
+                log.error("cannot open the model (next try in %.0f s): %s", REOPEN_S, self.trouble)
+            case _:
+                raise FrameError(f"unknown event {kind!r}")
+
+    def _route(self, event: dict[str, Any]) -> None:
+        answer = self._answers.get(event["id"])
+        if answer is None:
+            return  # cancelled a moment ago
+        if event["ev"] == "error":
+            answer.fail(error_from_json(event))
+        elif not answer.push(event):
+            answer.fail(
+                CoeldError("the client reads too slowly: its answer was cut off and cancelled.")
+            )
+            self._send({"op": "cancel", "id": event["id"]})
+        if answer.ended:
+            del self._answers[event["id"]]
+
+    # The model
+
+    async def _watch_store(self) -> None:
+        """Open the model when there is one; until then say what is missing."""
+        assert self._address is not None
+        if not self._open_if_there():
+            log.warning("%s", self.trouble)
+            self._emit(EngineStarted(None, *self._address))
+        while True:
+            await asyncio.sleep(STORE_POLL_S)
+            if self.model is None:
+                self._open_if_there()
+
+    def _open_if_there(self) -> bool:
+        names = self._store.names()
+        name = self._wanted or (names[0] if len(names) == 1 else "")
+        if not names or (name and name not in names):
+            wanted = name or "smollm2-135m-instruct"
+            self.trouble = (
+                f"no model {name or 'at all'} is installed in {self._store.root}. Install one: "
+                f"coeld model add {wanted}. It is opened as soon as it is there."
+            )
+            return False
+        if not name:
+            self.trouble = (
+                f"several models are installed ({', '.join(names)}). Say which one to serve: "
+                'model.name = "…" in agent.toml.'
+            )
+            return False
+        now = asyncio.get_running_loop().time()
+        if now >= self._try_open_at:
+            self._try_open_at = now + REOPEN_S
+            self.trouble = f"the model {name} is being opened"
+            self._send({"op": "open", "model": name})
+        return True
+
+    def _opened(self, event: dict[str, Any]) -> None:
+        assert self._address is not None
+        try:
+            demand = self._store.manifest(str(event["model"])).demand()
+        except ModelError as exc:
+            self.trouble = str(exc)
+            log.error("%s", exc)
+            return
+        if demand.model != event["hash"]:
+            self.trouble = "the model was replaced while it was being opened"
+            self._try_open_at = 0.0
+            return
+        self.model, self.trouble = demand, ""
+        self.context_tokens = int(event["context_tokens"])
+        self._emit(EngineStarted(demand, *self._address))
+
+
+def _lots(event: dict[str, Any]) -> tuple[Lot, ...]:
+    return tuple(Lot(int(layer), int(expert)) for layer, expert in event["lots"])

@@ -1,0 +1,145 @@
+"""One connection to one broker, kept up: connect, subscribe, hand on what arrives, reconnect.
+
+aiomqtt does the protocol. Around it: the inbox is bounded and drops what is too large before
+anything looks at it; the pause between attempts grows from 0.2 s to 5 s with jitter, so that a
+broker that comes back is not met by everybody at once; trouble is logged once, not every time.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable
+from random import Random
+from typing import Any, Final, cast
+
+import aiomqtt
+
+from coeld.messages import MESSAGE_BYTES_MAX
+from coeld.net.mqtt_topics import Card, Topics, client_id
+
+KEEP_ALIVE_S: Final = 5
+CONNECT_S: Final = 1.5
+"""TCP connection; also the longest that stopping has to wait for a thread of paho's."""
+ANSWER_S: Final = 3.0
+"""CONNACK, SUBACK."""
+CLOSE_S: Final = 0.3
+INBOX_MAX: Final = 4096
+PAUSE_S: Final = (0.2, 5.0)
+STEADY_S: Final = 5.0
+"""A connection that lasted this long starts over with the shortest pause."""
+
+log = logging.getLogger(__name__)
+_paho_log = logging.getLogger("coeld.paho")
+_paho_log.setLevel(logging.CRITICAL)
+
+
+class Link:
+    """Run `run` in a task; the callbacks come from there."""
+
+    def __init__(
+        self,
+        number: int,
+        address: tuple[str, int],
+        topics: Topics,
+        card: Card,
+        on_message: Callable[["Link", str, bytes], None],
+        on_down: Callable[["Link"], None],
+        rng: Random,
+    ) -> None:
+        self.number = number
+        self.address = address
+        self.node: str | None = None
+        """Whose broker it is, once known."""
+        self.up = False
+        self.messages = 0
+        self.dropped = 0
+        """Too large, or more than the inbox held."""
+        self.down_since = 0.0
+        self._topics, self._card = topics, card
+        self._on_message, self._on_down, self._rng = on_message, on_down, rng
+        self._client: aiomqtt.Client | None = None
+
+    async def run(self, give_up_s: float | None) -> None:
+        """Until cancelled, or until it has been down for `give_up_s` (None: never)."""
+        clock = asyncio.get_running_loop().time
+        pause_s, complained = PAUSE_S[0], False
+        self.down_since = clock()
+        while give_up_s is None or clock() - self.down_since < give_up_s:
+            began = clock()
+            try:
+                await self._listen()
+            except aiomqtt.MqttError as exc:
+                if not complained:
+                    log.info("no connection to the MQTT broker %s:%s: %s", *self.address, exc)
+                    complained = True
+            if self.up:
+                self.up, complained = False, False
+                self.down_since = clock()
+                self._on_down(self)
+            if clock() - began > STEADY_S:
+                pause_s = PAUSE_S[0]
+            await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
+            pause_s = min(pause_s * 2, PAUSE_S[1])
+
+    async def publish(self, topic: str, payload: bytes) -> None:
+        """QoS 0; lost when the link is down."""
+        if self._client and self.up:
+            with contextlib.suppress(aiomqtt.MqttError):  # `run` notices a broken link itself
+                await self._client.publish(topic, payload, timeout=ANSWER_S)
+
+    async def _listen(self) -> None:
+        """One connection from beginning to end. Raises MqttError."""
+        client = aiomqtt.Client(
+            *self.address,
+            identifier=client_id(self._card.node, self.number),
+            will=aiomqtt.Will(self._topics.will(self._card.node), self._card.encode()),
+            keepalive=KEEP_ALIVE_S,
+            timeout=ANSWER_S,
+            queue_type=cast(Any, self._inbox),
+            max_queued_incoming_messages=INBOX_MAX,
+            logger=_paho_log,
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+        )
+        paho = client._client
+        paho.connect_timeout = CONNECT_S
+        try:
+            await client.__aenter__()
+            topics = self._topics.subscriptions(self._card.node)
+            await client.subscribe([(topic, 0) for topic in topics])
+            self._client, self.up = client, True
+            log.info("listening at the MQTT broker %s:%s", *self.address)
+            async for message in client.messages:
+                self.messages += 1
+                self._on_message(self, str(message.topic), bytes(message.payload))
+        finally:
+            self._client = None
+            await self._close(client)
+
+    async def _close(self, client: aiomqtt.Client) -> None:
+        """Say goodbye if that goes quickly, and free the socket in any case."""
+        with contextlib.suppress(aiomqtt.MqttError, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                if client._connected.done():
+                    await client.__aexit__(None, None, None)
+        for future in (client._connected, client._disconnected):
+            if future.done() and not future.cancelled():
+                future.exception()  # seen, so that nothing complains that it never was
+        client._client._sock_close()  # aiomqtt leaves it open when no CONNACK came
+
+    def _inbox(self, maxsize: int) -> "_Inbox":
+        return _Inbox(self, maxsize)
+
+
+class _Inbox(asyncio.Queue[aiomqtt.Message]):
+    """Drops, and counts, what does not fit."""
+
+    def __init__(self, link: Link, maxsize: int) -> None:
+        super().__init__(maxsize)
+        self._link = link
+
+    def put_nowait(self, item: aiomqtt.Message) -> None:
+        if self.full() or len(bytes(item.payload)) > MESSAGE_BYTES_MAX:
+            self._link.dropped += 1
+        else:
+            super().put_nowait(item)
