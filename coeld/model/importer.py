@@ -9,6 +9,7 @@ deterministic, so it ends with the same model hash.
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -95,7 +96,7 @@ class _Import:
         path = self._store.partial / f"{digest}.{FORMAT}.journal"
         journal = read_journal(path, self._store)
         self._store.require_free(self._wanted_bytes(journal))
-        with path.open("a") as log:
+        with path.open("ab", buffering=0) as log:
             refs = {part: self._finish(part, journal, log) for part in self._parts()}
         manifest = self._manifest(refs)
         self._store.save(manifest)
@@ -110,15 +111,15 @@ class _Import:
         for index in range(self._shape.layers):
             yield f"layer {index}"
 
-    def _finish(self, part: str, journal: dict[str, list[BlobRef]], log: Any) -> list[BlobRef]:
+    def _finish(self, part: str, journal: dict[str, list[BlobRef]], log: FileIO) -> list[BlobRef]:
         """The blobs of a part, made now unless the journal has them."""
         refs = journal.get(part)
         if refs is None:
             self._progress(self._done_bytes, self._file.bytes, part)
             refs = [self._put(*blob) for blob in self._build(part)]
             with disk_errors(self._store.partial):
-                log.write(json.dumps({"part": part, "refs": [asdict(ref) for ref in refs]}) + "\n")
-                log.flush()
+                line = json.dumps({"part": part, "refs": [asdict(ref) for ref in refs]}) + "\n"
+                log.write(line.encode())
         self._done_bytes += self._source_bytes(part)
         self._progress(self._done_bytes, self._file.bytes, part)
         return refs

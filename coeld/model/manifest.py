@@ -20,6 +20,12 @@ from coeld.view import ModelDemand
 FORMAT: Final = 1
 """Bumped when an older engine could not read the blobs."""
 
+ALIGN: Final = 64
+"""Every weight begins at a multiple of this many bytes."""
+
+COUNT_MAX: Final = 1 << 40
+"""No dimension comes close; keeps arithmetic on a damaged manifest small."""
+
 BYTES_PER_DTYPE: Final = {"uint8": 1, "float32": 4}
 
 
@@ -198,22 +204,30 @@ def parse_blob(value: dict[str, Any]) -> BlobRef:
         tensor = TensorRef(ref["dtype"], tuple(map(int, ref["shape"])), int(ref["offset"]))
         if tensor.offset < 0 or min(tensor.shape) < 1 or tensor.offset + tensor.bytes > size:
             raise ValueError(f"tensor {name} lies outside its blob")
+        if tensor.offset % ALIGN:
+            raise ValueError(f"tensor {name} is not aligned")
         tensors[name] = tensor
     return BlobRef(sha256, size, tensors)
 
 
 def _check(manifest: Manifest) -> None:
     shape = manifest.shape
+    _check_numbers(manifest)
     if len(manifest.attention) != shape.layers or len(manifest.experts) != shape.layers:
         raise ValueError("the number of layers contradicts the shape")
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     h, i, v = shape.hidden, shape.expert_width, shape.vocab
     expect_weight(manifest.head, "head", v, h, shape.block)
+    _expect_norm(manifest.head, "norm", h)
     if not manifest.tied:
         expect_weight(manifest.embedding, "embedding", v, h, shape.block)
+    elif manifest.embedding != manifest.head:
+        raise ValueError("embedding and head are tied, but not the same blob")
     for blob in manifest.attention:
         expect_weight(blob, "qkv", q + 2 * kv, h, shape.block)
         expect_weight(blob, "o", h, q, shape.block)
+        _expect_norm(blob, "attention_norm", h)
+        _expect_norm(blob, "ffn_norm", h)
     for layer in manifest.experts:
         if len(layer) != shape.experts:
             raise ValueError("the number of experts contradicts the shape")
@@ -223,10 +237,36 @@ def _check(manifest: Manifest) -> None:
             expect_weight(blob, "down", h, i, shape.block)
 
 
+def _check_numbers(manifest: Manifest) -> None:
+    shape = asdict(manifest.shape)
+    for name, value in shape.items():
+        want = {"family": str, "rope_base": float, "norm_epsilon": float}.get(name, int)
+        if type(value) is not want or (want is not str and not 0 < value < COUNT_MAX):
+            raise ValueError(f"shape.{name} is {value!r}")
+    if shape["top_k"] > shape["experts"] or shape["heads"] % shape["kv_heads"]:
+        raise ValueError("the shape contradicts itself")
+    bos = () if manifest.bos_token is None else (manifest.bos_token,)
+    for token in (*bos, *manifest.eos_tokens):
+        if type(token) is not int or not 0 <= token < manifest.shape.vocab:
+            raise ValueError(f"{token!r} is no token")
+    texts = (manifest.name, manifest.source, manifest.licence)
+    flags = (manifest.tied, manifest.add_bos)
+    if any(type(t) is not str for t in texts) or any(type(f) is not bool for f in flags):
+        raise ValueError("a text or a truth value is something else")
+
+
+def _expect_norm(blob: BlobRef, name: str, hidden: int) -> None:
+    if blob.tensors[name].shape != (hidden,) or blob.tensors[name].dtype != "float32":
+        raise ValueError(f"{name} has not the shape the model says")
+
+
 def expect_weight(blob: BlobRef, name: str, n: int, k: int, block: int) -> None:
     """Raises ValueError unless weight `name` is (n, k/block, block) with its scales."""
     if k % block:
         raise ValueError(f"{name}: {k} is no multiple of the block {block}")
-    want_w, want_s = (n, k // block, block), (n, k // block)
-    if blob.tensors[f"{name}.w"].shape != want_w or blob.tensors[f"{name}.s"].shape != want_s:
+    w, s = blob.tensors[f"{name}.w"], blob.tensors[f"{name}.s"]
+    if (w.dtype, w.shape, s.dtype, s.shape) != (
+        *("uint8", (n, k // block, block)),
+        *("float32", (n, k // block)),
+    ):
         raise ValueError(f"weight {name} has not the shape the model says")

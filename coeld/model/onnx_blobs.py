@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from coeld.model.manifest import Shape, TensorRef
+from coeld.model.manifest import ALIGN, Shape, TensorRef
 
 Weights = Mapping[str, NDArray[Any]]
 """Arrays by their name in the blob, uint8 or float32; a matrix `x` is `x.w` and `x.s`."""
 
-ALIGN: Final = 64
 OPSET: Final = 21
 IR_VERSION: Final = 10
 BITS: Final = 8

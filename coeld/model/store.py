@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from coeld.errors import BadChecksum, BadModelFile, DiskFull, ModelError, UnknownModel
 from coeld.model.manifest import BlobRef, Manifest, parse_manifest
@@ -104,11 +104,7 @@ class Store:
             with path.open("rb") as file:
                 data = file.read(MANIFEST_BYTES_MAX + 1)
         except FileNotFoundError:
-            have = ", ".join(self.names()) or "none"
-            raise UnknownModel(
-                f"no model {name!r} is installed in {self.root} (installed: {have}). "
-                f"Install it with: coeld model add {name}"
-            ) from None
+            raise self._unknown(name) from None
         try:
             if len(data) > MANIFEST_BYTES_MAX:
                 raise ValueError("it is too long")
@@ -121,6 +117,12 @@ class Store:
                 f"coeld model rm {name}"
             ) from exc
         return manifest
+
+    def _unknown(self, name: str) -> UnknownModel:
+        return UnknownModel(
+            f"no model {name!r} is installed in {self.root} (installed: "
+            f"{', '.join(self.names()) or 'none'}). `coeld model list` shows what can be added."
+        )
 
     def models(self) -> list[Manifest]:
         """All installed models, sorted by name. Raises BadModelFile when one is damaged."""
@@ -171,14 +173,13 @@ class Store:
     def lock(self) -> Iterator[None]:
         """Held while the store changes; clears what earlier, killed changes left half-written.
 
-        May be nested. Raises ModelError when another process holds it.
+        May be nested. Raises ModelError when another process holds it, or when this one may not
+        write here; DiskFull.
         """
         if self._locked:
             yield
             return
-        for directory in (self._blobs, self._models, self.partial):
-            directory.mkdir(parents=True, exist_ok=True)
-        with (self.root / "lock").open("a") as file:
+        with self._lock_file() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -193,6 +194,18 @@ class Store:
                 yield
             finally:
                 self._locked = False
+
+    def _lock_file(self) -> TextIO:
+        try:
+            with disk_errors(self.root):
+                for directory in (self._blobs, self._models, self.partial):
+                    directory.mkdir(parents=True, exist_ok=True)
+                return (self.root / "lock").open("a")
+        except OSError as exc:
+            raise ModelError(
+                f"cannot write to the store {self.root}: {exc.strerror}. Run the command as the "
+                "user who owns it (sudo, for the service's), or choose another with --store."
+            ) from exc
 
     def require_free(self, wanted_bytes: int) -> None:
         """Raises DiskFull unless that much can be written."""
@@ -223,11 +236,11 @@ class Store:
 
         Also forgets interrupted imports, since their blobs belong to no model.
         """
+        path = self._models / f"{check_name(name)}.json"
+        if not path.exists():
+            raise self._unknown(name)
         with self.lock():
-            path = self._models / f"{check_name(name)}.json"
-            if not path.exists():
-                self.manifest(name)  # raises UnknownModel
-            path.unlink()
+            path.unlink(missing_ok=True)
             _flush_directory(self._models)
             self._collect(name)
             for left in self.partial.iterdir():
