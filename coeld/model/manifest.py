@@ -241,7 +241,8 @@ def _check_numbers(manifest: Manifest) -> None:
     shape = asdict(manifest.shape)
     for name, value in shape.items():
         want = {"family": str, "rope_base": float, "norm_epsilon": float}.get(name, int)
-        if type(value) is not want or (want is not str and not 0 < value < COUNT_MAX):
+        in_range = not isinstance(value, int | float) or 0 < value < COUNT_MAX
+        if type(value) is not want or not in_range:
             raise ValueError(f"shape.{name} is {value!r}")
     if shape["top_k"] > shape["experts"] or shape["heads"] % shape["kv_heads"]:
         raise ValueError("the shape contradicts itself")
