@@ -1,0 +1,88 @@
+"""A manifest edited by hand is refused, with an error that says what is wrong."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from coeld.errors import BadModelFile
+from coeld.model.manifest import Manifest, parse_manifest
+from coeld.model.store import Store
+
+Tiny = tuple[Store, Manifest]
+
+
+def edited(manifest: Manifest, path: list[Any], value: Any) -> str:
+    tree = json.loads(manifest.to_json())
+    inner = tree
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return json.dumps(tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["format"], 2),
+        (["shape", "block"], 0),
+        (["shape", "hidden"], 128),
+        (["shape", "hidden"], 64.0),
+        (["shape", "layers"], True),
+        (["shape", "rope_base"], float("nan")),
+        (["shape", "kv_heads"], 3),
+        (["shape", "top_k"], 9),
+        (["experts"], []),
+        (["head", "sha256"], "../../../etc/passwd"),
+        (["head", "bytes"], 10),
+        (["head", "tensors", "norm", "offset"], -64),
+        (["head", "tensors", "norm", "offset"], 1),
+        (["head", "tensors", "norm", "shape"], [1 << 62]),
+        (["head", "tensors", "head.w", "dtype"], "float64"),
+        (["head", "tensors", "head.w", "dtype"], "float32"),
+        (["head", "tensors"], {}),
+        (["attention", 0, "tensors", "ffn_norm", "shape"], [1]),
+        (["eos_tokens"], [-1]),
+        (["bos_token"], "1"),
+        (["tied"], 1),
+        (["name"], 3),
+        (["surprise"], 1),
+    ],
+)
+def test_a_wrong_value_is_refused(tiny: Tiny, path: list[Any], value: Any) -> None:
+    with pytest.raises(BadModelFile, match=r"damaged|another version"):
+        parse_manifest(edited(tiny[1], path, value))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "3", '{"format": 1}', "[" * 2000])
+def test_something_else_than_a_manifest_is_refused(tiny: Tiny, text: str) -> None:
+    with pytest.raises((BadModelFile, RecursionError)):
+        parse_manifest(text)
+
+
+def test_random_edits_never_raise_anything_else(tiny: Tiny) -> None:
+    text = tiny[1].to_json()
+    rng = random.Random(1)
+    for _ in range(300):
+        at = rng.randrange(len(text))
+        damaged = text[:at] + rng.choice('0{}[]",:-eX') + text[at + 1 :]
+        try:
+            parse_manifest(damaged)
+        except BadModelFile:
+            continue
+
+
+def test_the_hash_is_of_the_content_not_of_the_name(tiny: Tiny) -> None:
+    manifest = tiny[1]
+    renamed = parse_manifest(edited(manifest, ["name"], "other"))
+    retrained = parse_manifest(edited(manifest, ["add_bos"], True))
+    assert renamed.hash == manifest.hash
+    assert retrained.hash != manifest.hash
+
+
+def test_what_a_model_demands_is_its_weights(tiny: Tiny) -> None:
+    manifest = tiny[1]
+    lots = sum(len(layer) for layer in manifest.experts)
+    demand = manifest.demand()
+    assert demand.lot_bytes * lots + demand.trunk_bytes == manifest.weights_bytes
