@@ -95,14 +95,19 @@ class DigestEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
+    """Published at every heartbeat; sent with `ask` to one device to be told what is newer there."""
+
     swarm: str
     sender: NodeId
     incarnation: int
     entries: tuple[DigestEntry, ...]
+    ask: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
+    """Records: the sender's own when it changed, or the answer to an asking digest."""
+
     swarm: str
     sender: NodeId
     incarnation: int
@@ -123,6 +128,7 @@ def encode(message: Message) -> bytes:
     }
     if isinstance(message, Digest):
         body: dict[str, Any] = {"members": [[*e[:4], int(e.status)] for e in message.entries]}
+        body["ask"] = int(message.ask)
     else:
         body = {"records": [_record_to_json(record) for record in message.records]}
     data = json.dumps(head | body, separators=(",", ":")).encode()
@@ -154,7 +160,7 @@ def decode(data: bytes) -> Message:
     if kind == KIND_DIGEST:
         entries = tuple(_entry(row) for row in _list(value, "members", ENTRIES_MAX))
         _distinct((entry.node for entry in entries), "members")
-        return Digest(swarm, sender, incarnation, entries)
+        return Digest(swarm, sender, incarnation, entries, _int(value.get("ask"), "ask", 1) == 1)
     if kind == KIND_DELTA:
         records = tuple(_record(row) for row in _list(value, "records", RECORDS_MAX))
         return Delta(swarm, sender, incarnation, records)
@@ -189,7 +195,9 @@ def _record(value: Any) -> Record:
     if not isinstance(value, dict):
         raise FrameError("a record is not a JSON object: message ignored")
     mqtt_host, mqtt_port = _address(value, "mqtt")
-    model, data, claims, serving = None, ("", 0), (), ()
+    model, data = None, ("", 0)
+    claims: tuple[Claim, ...] = ()
+    serving: tuple[Lot, ...] = ()
     if value.get("model") is not None:
         model = ModelHash(_match(value["model"], _MODEL, "model"))
         data = _address(value, "data")

@@ -1,0 +1,42 @@
+"""The outcome of the auction as this device sees it: who owns what, what is missing, since when.
+
+"Settled" means that no claim has changed for a while and the claims of all present devices are
+known. Only then is it true to say that memory is missing: before, the next bid may cover it. A
+swarm that never comes to rest must still load, so waiting for rest is bounded.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from coeld.deployment.auction import Offer, Task
+from coeld.ids import Lot, NodeId
+
+PATIENCE = 10
+"""Longest wait for rest, in units of the rest that was asked for."""
+
+
+class Quiet:
+    """How long the auction has been at rest."""
+
+    def __init__(self) -> None:
+        self.changed_at = float("-inf")
+        self._unrest_since = float("-inf")
+
+    def disturb(self, now: float, rest_s: float) -> None:
+        """A claim changed. Unrest begins anew if there was a rest of `rest_s` before."""
+        if now - self.changed_at > rest_s:
+            self._unrest_since = now
+        self.changed_at = now
+
+    def since(self, rest_s: float) -> float:
+        """The time from which the auction counts as having rested for `rest_s`."""
+        return min(self.changed_at + rest_s, self._unrest_since + PATIENCE * rest_s)
+
+
+def owners(leading: Mapping[Task, Offer]) -> dict[Lot, NodeId]:
+    """The winner of copy 0 of every lot that somebody claims."""
+    return {lot: offer[1] for (lot, copy), offer in leading.items() if copy == 0}
+
+
+def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:
+    """Lots that nobody can take: everybody who is there is full."""
+    return [lot for lot in lots if (lot, 0) not in leading]

@@ -1,0 +1,292 @@
+"""The decision core of one device: what happened in, what to do out. Pure; holds no policy.
+
+`step` carries facts through the stages in order: perception merges what was heard and tells who
+is there; deployment bids for lots; update turns wins into loads and drops and publishes the route
+table. (Compression works in the data path.) The same code runs in the daemon and in the
+simulator: the same events at the same times with the same Random give the same effects.
+"""
+
+from random import Random
+from typing import Any
+
+from coeld.deployment.auction import Offer, Task, bundle, leaders
+from coeld.deployment.placement import Quiet, owners, unclaimed
+from coeld.deployment.pricing import bid, capacity, value_ns
+from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
+from coeld.events import (
+    CallFailed,
+    EngineStarted,
+    EngineStopped,
+    Event,
+    LoadFailed,
+    LotsDropped,
+    LotsLoaded,
+    MessageReceived,
+    NeighbourLost,
+    ResourcesSampled,
+    Tick,
+)
+from coeld.ids import Lot, NodeId
+from coeld.messages import Record
+from coeld.node_config import NodeConfig
+from coeld.node_status import describe
+from coeld.perception.perceive import Perception
+from coeld.perception.resources import Told
+from coeld.update.migration import LotState, Migration, Move, Wish
+from coeld.update.switchover import Switchover
+from coeld.view import ModelDemand
+
+__all__ = ["Node", "NodeConfig"]
+
+
+class Node:
+    """One device. Feed it events with a monotonic clock; do what it returns, in that order."""
+
+    def __init__(self, node_id: NodeId, incarnation: int, config: NodeConfig, rng: Random) -> None:
+        self.node_id = node_id
+        self.config = config
+        self.perception = Perception(node_id, incarnation, config, rng)
+        self.told = Told()
+        self.migration = Migration(config.load_batch_bytes)
+        self.switchover = Switchover(node_id)
+        self.demand: ModelDemand | None = None
+        self.stale_reports = 0
+        """Reports of the engine about lots that were in no such state: of an engine before."""
+        self._quiet = Quiet()
+        self._leading: dict[Task, Offer] = {}
+        self._lots: list[Lot] = []
+        self._missing_bytes = 0
+        self._bid_wanted = True
+        self._bid_at = 0.0
+        self._joined_at = float("-inf")
+        self._barred: set[Lot] = set()
+        self._seen = (-1, -1)
+        self._planned_at = float("-inf")
+        self._started = self._left = False
+        self._out: list[Effect] = []
+
+    # ---- in and out ------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float:
+        """When the next Tick is due, on the clock that `step` is given."""
+        bid_at = self._bid_at if self._bid_wanted else float("inf")
+        timers = [at for at in self._rests() if at > self._planned_at]
+        return min(self.perception.due, bid_at, self.migration.retry_at(self._planned_at), *timers)
+
+    def step(self, event: Event, now: float) -> list[Effect]:
+        """What to do about `event`; `now` is monotonic, in seconds."""
+        if self._left:
+            return []
+        if self._started and now >= self.deadline:
+            self.perception.membership.woke(max(0.0, now - self.deadline), now)
+        self._started = True
+        self._absorb(event, now)
+        self.perception.tick(now)
+        self._bid(now)
+        self._plan(now)
+        self._out += self.perception.flush(now)
+        out, self._out = self._out, []
+        return out
+
+    def leave(self) -> list[Effect]:
+        """A clean goodbye; afterwards the node does nothing any more."""
+        self._left = True
+        return self.perception.leave()
+
+    def status(self) -> dict[str, Any]:
+        """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
+        counters = {
+            **self.perception.counters,
+            "table_full": self.perception.membership.ignored_full,
+            "stale_engine_reports": self.stale_reports,
+        }
+        switch = self.switchover
+        return describe(self.perception, self.demand, switch.table, switch.fingerprint, counters)
+
+    # ---- the stages ------------------------------------------------------------------------
+
+    def _absorb(self, event: Event, now: float) -> None:
+        match event:
+            case Tick():
+                pass
+            case MessageReceived(sender, message):
+                self.perception.hear(sender, message, now)
+            case NeighbourLost(node) | CallFailed(node):
+                self.perception.membership.suspect(node, now)
+            case ResourcesSampled(resources):
+                if self.told.sample(resources):
+                    self._tell_resources()
+            case EngineStarted():
+                self._engine_started(event, now)
+            case EngineStopped():
+                self.migration.engine_lost()
+                self.perception.tell(model=None, data_host="", data_port=0, claims=(), serving=())
+                self._bid_wanted = True
+            case LotsLoaded(lots):
+                self._moved(Move.LOADED, lots, LotState.LOADING)
+            case LotsDropped(lots):
+                self._moved(Move.DROPPED, lots, LotState.DRAINING)
+            case LoadFailed(lots, why):
+                self._load_failed(lots, why, now)
+
+    def _bid(self, now: float) -> None:
+        """Deployment: claim the best lots that nobody else bids more for."""
+        if (barred := self.migration.barred(now)) != self._barred:
+            self._barred, self._bid_wanted = barred, True
+        market = self.perception.market
+        if market != self._seen[0]:
+            self._bid_wanted = True
+            self._see_market(now)
+        if not self._bid_wanted or now < self._bid_at:
+            return
+        self._bid_wanted = False
+        self._bid_at = now + self.config.round_ms / 1000
+        me = self.perception.me
+        if self.demand is not None and me.model == self.demand.model:
+            rivals = leaders(r for r in self._market() if r.origin != self.node_id)
+            self.perception.tell(claims=self._bundle(self.demand, rivals))
+            if self.perception.market != self._seen[0]:
+                self._see_market(now)
+
+    def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Any, ...]:
+        speed = self.perception.me.kernel_mb_per_s
+        fresh, held = (value_ns(demand.lot_bytes, speed, keeps) for keeps in (False, True))
+        keeps = self.migration.keeps
+        return bundle(
+            self.node_id,
+            self._lots,
+            lambda lot: bid(self.node_id, lot.layer, held if keeps(lot) else fresh),
+            rivals,
+            self._capacity(),
+            self.config.replicas_max,
+            self._barred,
+        )
+
+    def _plan(self, now: float) -> None:
+        """Update: load what was won, drop what is no longer needed, publish the routes."""
+        seen = (self.perception.market, self.perception.supply)
+        timed = any(self._planned_at < at <= now for at in self._rests())
+        if self.demand is None or (seen == self._seen and not timed):
+            self._seen = seen
+            self._planned_at = now
+            return
+        joined = now >= self._joined_at
+        urgent, settled = (joined and now >= at for at in self._rests()[:2])
+        if self.perception.me.model is not None:
+            wish = Wish(self._won(), self._elsewhere(), self._capacity(), urgent, settled)
+            plan = self.migration.plan(wish, self.demand.lot_bytes)
+            self._bid_wanted |= bool(plan.load or plan.drop)
+            self.perception.tell(serving=self.migration.serving)
+        else:
+            plan = None
+        self._switch(self.demand, settled and self.perception.complete)
+        if plan is not None and plan.drop:
+            self._out.append(DropLots(plan.drop))
+        if plan is not None and plan.load:
+            self._out.append(LoadLots(plan.load))
+        self._seen = (self.perception.market, self.perception.supply)
+        self._planned_at = now
+
+    def _switch(self, demand: ModelDemand, settled: bool) -> None:
+        missing = len(unclaimed(self._lots, self._leading)) * demand.lot_bytes
+        self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
+        table = self.switchover.update(
+            demand,
+            list(self.perception.present()),
+            self.perception.suspects(),
+            owners(self._leading),
+            self._missing_bytes,
+        )
+        if table is not None:
+            self._out.append(SwapRoutes(table))
+            self.perception.tell(
+                urgent=False, epoch=table.epoch, fingerprint=self.switchover.fingerprint
+            )
+
+    # ---- events in detail ------------------------------------------------------------------
+
+    def _engine_started(self, event: EngineStarted, now: float) -> None:
+        self.migration.engine_lost()
+        self.switchover.forget()
+        self.demand = event.demand
+        self._lots = event.demand.lots() if event.demand else []
+        self._joined_at = now + self.config.join_ms / 1000
+        self._bid_wanted = True
+        self._missing_bytes = 0
+        self.perception.tell(
+            model=event.demand.model if event.demand else None,
+            data_host=event.data_host,
+            data_port=event.data_port,
+            claims=(),
+            serving=(),
+        )
+        self._touch()
+
+    def _tell_resources(self) -> None:
+        resources = self.told.resources
+        assert resources is not None
+        self._bid_wanted = True
+        self._touch()
+        self.perception.tell(
+            urgent=False,
+            memory_budget_bytes=resources.memory_budget_bytes,
+            cpu_load_percent=resources.cpu_load_percent,
+            kernel_mb_per_s=resources.kernel_mb_per_s,
+        )
+
+    def _moved(self, move: Move, lots: tuple[Lot, ...], before: LotState) -> None:
+        known = [lot for lot in lots if self.migration.state(lot) is before]
+        self.stale_reports += len(lots) - len(known)
+        self.migration.apply(move, known)
+        self._bid_wanted |= move is not Move.DROPPED
+        self._touch()
+
+    def _load_failed(self, lots: tuple[Lot, ...], why: str, now: float) -> None:
+        known = [lot for lot in lots if self.migration.state(lot) is LotState.LOADING]
+        self.stale_reports += len(lots) - len(known)
+        wait_s = self.migration.failed(known, now)
+        self._bid_wanted = True
+        self._touch()
+        if known:
+            self._out.append(
+                Report(
+                    f"{len(known)} lots could not be loaded ({why}): others may take them, next"
+                    f" attempt here in {wait_s:.0f} s"
+                )
+            )
+
+    # ---- views -----------------------------------------------------------------------------
+
+    def _touch(self) -> None:
+        """Something of our own changed: plan again in this step."""
+        self._seen = (self._seen[0], -1)
+
+    def _rests(self) -> tuple[float, float, float]:
+        """When the auction counts as quiet, as settled, and when joining is over."""
+        quiet_s, settle_s = self.config.quiet_ms / 1000, self.config.settle_ms / 1000
+        return self._quiet.since(quiet_s), self._quiet.since(settle_s), self._joined_at
+
+    def _see_market(self, now: float) -> None:
+        self._seen = (self.perception.market, -1)
+        self._leading = leaders(self._market())
+        self._quiet.disturb(now, self.config.settle_ms / 1000)
+
+    def _market(self) -> list[Record]:
+        model = self.demand.model if self.demand else None
+        return [r for r in self.perception.present() if model is not None and r.model == model]
+
+    def _capacity(self) -> int:
+        assert self.demand is not None
+        return capacity(self.perception.me.memory_budget_bytes, self.demand)
+
+    def _won(self) -> dict[Lot, int]:
+        claims = self.perception.me.claims
+        leading = self._leading
+        return {c.lot: c.copy for c in claims if leading[c.lot, c.copy][1] == self.node_id}
+
+    def _elsewhere(self) -> set[Lot]:
+        """Lots that a device other than this one serves beyond suspicion."""
+        suspects = self.perception.suspects()
+        others = (r for r in self._market() if r.origin not in suspects | {self.node_id})
+        return {lot for record in others for lot in record.serving}

@@ -1,0 +1,84 @@
+"""What `/status` shows of the decision core: a plain JSON value, for people and tools. Pure."""
+
+from typing import Any
+
+from coeld.ids import NodeId
+from coeld.messages import Record, Status, lot_runs
+from coeld.perception.perceive import Perception
+from coeld.routes import RouteTable
+from coeld.view import ModelDemand
+
+
+def describe(
+    perception: Perception,
+    demand: ModelDemand | None,
+    table: RouteTable | None,
+    fingerprint: str,
+    counters: dict[str, int],
+) -> dict[str, Any]:
+    """Devices, model, routes, who serves what as {node: [[layer, first expert, count], …]}."""
+    records = {record.origin: record for record in perception.present()}
+    serving = [record for record in records.values() if demand and record.model == demand.model]
+    return {
+        "me": perception.me.origin,
+        "incarnation": perception.me.incarnation,
+        "members": _members(perception),
+        "model": _model(demand),
+        "routes": _routes(demand, table, fingerprint),
+        "owners": {record.origin: lot_runs(record.serving) for record in serving},
+        "counters": counters,
+    }
+
+
+def _members(perception: Perception) -> list[dict[str, Any]]:
+    me = perception.me
+    rows = [_member(me.origin, me, me.incarnation, Status.ALIVE)]
+    for member in perception.membership.members.values():
+        record = perception.record(member)
+        rows.append(_member(member.node, record, member.incarnation, member.status))
+    return sorted(rows, key=lambda row: str(row["node"]))
+
+
+def _member(
+    node: NodeId, record: Record | None, incarnation: int, status: Status
+) -> dict[str, Any]:
+    known = record or Record(node, incarnation, 0)
+    return {
+        "node": node,
+        "name": known.name,
+        "status": status.name.lower(),
+        "incarnation": incarnation,
+        "host": known.data_host or known.mqtt_host,
+        "data_port": known.data_port,
+        "memory_budget_bytes": known.memory_budget_bytes,
+        "kernel_mb_per_s": known.kernel_mb_per_s,
+        "cpu_load_percent": known.cpu_load_percent,
+        "serving": len(known.serving),
+        "claimed": len(known.claims),
+        "engine": known.data_port > 0,
+    }
+
+
+def _model(demand: ModelDemand | None) -> dict[str, Any] | None:
+    if demand is None:
+        return None
+    return {
+        "name": demand.name,
+        "hash": demand.model,
+        "layers": demand.layers,
+        "experts": demand.experts,
+        "lot_bytes": demand.lot_bytes,
+        "trunk_bytes": demand.trunk_bytes,
+    }
+
+
+def _routes(
+    demand: ModelDemand | None, table: RouteTable | None, fingerprint: str
+) -> dict[str, Any]:
+    return {
+        "epoch": table.epoch if table else 0,
+        "fingerprint": fingerprint,
+        "covered": len(table.owners) if table else 0,
+        "total": demand.layers * demand.experts if demand else 0,
+        "missing_bytes": table.missing_bytes if table else 0,
+    }

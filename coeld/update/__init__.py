@@ -1,0 +1,1 @@
+"""Stage 4, update: from what is held to what was won, without interrupting an answer. Pure."""

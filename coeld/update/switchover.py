@@ -1,0 +1,107 @@
+"""From who serves what to the route table, with an epoch that devices agree on. Pure.
+
+Owners of a lot are the present devices that serve it and hold the same model: this device first
+if it is one, then the auction's owner, suspects last. That order is local and may differ between
+devices; the *set* of owners may not, once news has spread. Its fingerprint is gossiped with the
+epoch, and a device that reaches content which another already announced under a later epoch
+takes that epoch over, else it goes one beyond every epoch it knows. So epochs only grow on each
+device, and equal content ends under one number without anybody being in charge.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+from coeld.ids import Lot, NodeId
+from coeld.messages import COUNTER_MAX, Record
+from coeld.routes import OWNERS_PER_LOT_MAX, RouteTable
+from coeld.view import ModelDemand
+
+FINGERPRINT_CHARS = 16
+
+
+class Switchover:
+    """The table in use; `table` is None until there is a model."""
+
+    def __init__(self, me: NodeId) -> None:
+        self.me = me
+        self.table: RouteTable | None = None
+        self.fingerprint = ""
+        self.epoch = 0
+        self._resend = False
+
+    def forget(self) -> None:
+        """A new engine knows no table: hand it over again even if nothing changed."""
+        self._resend = True
+
+    def update(
+        self,
+        demand: ModelDemand,
+        records: Sequence[Record],
+        suspects: Collection[NodeId],
+        winners: Mapping[Lot, NodeId],
+        missing_bytes: int,
+    ) -> RouteTable | None:
+        """The new table if it differs from the one in use, by content or epoch.
+
+        `records` are those of all present devices; `winners` the owners the auction chose.
+        """
+        serving = [record for record in records if record.model == demand.model]
+        addresses = {r.origin: (r.data_host, r.data_port) for r in serving if r.serving}
+        owners = self._owners(demand, serving, suspects, winners)
+        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes)
+        epoch = self._agree(fingerprint, serving)
+        table = RouteTable(demand.model, epoch, owners, addresses, missing_bytes)
+        if table == self.table and not self._resend:
+            return None
+        self.table, self.fingerprint, self.epoch = table, fingerprint, epoch
+        self._resend = False
+        return table
+
+    def _owners(
+        self,
+        demand: ModelDemand,
+        records: Sequence[Record],
+        suspects: Collection[NodeId],
+        winners: Mapping[Lot, NodeId],
+    ) -> dict[Lot, tuple[NodeId, ...]]:
+        found: dict[Lot, list[NodeId]] = {}
+        for record in records:
+            for lot in record.serving:
+                if lot.layer < demand.layers and lot.expert < demand.experts:
+                    found.setdefault(lot, []).append(record.origin)
+
+        def order(lot: Lot, node: NodeId) -> tuple[bool, bool, bool, NodeId]:
+            return node != self.me, node in suspects, winners.get(lot) != node, node
+
+        return {
+            lot: tuple(sorted(nodes, key=lambda node, lot=lot: order(lot, node)))[  # type: ignore[misc]
+                :OWNERS_PER_LOT_MAX
+            ]
+            for lot, nodes in sorted(found.items())
+        }
+
+    def _agree(self, fingerprint: str, records: Sequence[Record]) -> int:
+        same = [r.epoch for r in records if r.fingerprint == fingerprint and r.epoch > self.epoch]
+        if same:
+            return max(same)
+        if fingerprint == self.fingerprint:
+            return self.epoch
+        return min(COUNTER_MAX, 1 + max([self.epoch, *(record.epoch for record in records)]))
+
+
+def _fingerprint(
+    demand: ModelDemand,
+    owners: Mapping[Lot, tuple[NodeId, ...]],
+    addresses: Mapping[NodeId, tuple[str, int]],
+    missing_bytes: int,
+) -> str:
+    """16 hex digits over what must be the same everywhere: sets of owners, without their order."""
+    content = [
+        demand.model,
+        [[*lot, *sorted(nodes)] for lot, nodes in sorted(owners.items())],
+        sorted(addresses.items()),
+        missing_bytes,
+    ]
+    text = json.dumps(content, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_CHARS]
