@@ -23,7 +23,7 @@ from coeld.routes import RouteTable
 COOLDOWN_S: Final = 0.5
 """A peer that failed is tried last for this long: others first, but nobody is written off here."""
 
-WAIT_S_MAX: Final = 0.25
+WAIT_S_MAX: Final = 0.05
 """Between two looks at the routes while waiting; a new table wakes the waiter at once."""
 
 

@@ -1,0 +1,46 @@
+"""Shared fixtures: a tiny imported model for every test, the real one where it is installed."""
+
+from pathlib import Path
+
+import pytest
+
+from coeld.engine.sessions import use_threads
+from coeld.model.importer import import_gguf
+from coeld.model.manifest import Manifest
+from coeld.model.store import Store, default_store
+from tests.reference.tiny_gguf import write_tiny_llama
+
+REAL_MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_pool() -> None:
+    """ONNX Runtime wants to know before its first session in this process."""
+    use_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny.gguf", layers=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory, tiny_gguf) -> Store:
+    """A store with the model "tiny": 3 layers of 8 experts."""
+    store = Store(tmp_path_factory.mktemp("store"))
+    import_gguf(store, tiny_gguf, "tiny", None, lambda *_progress: None)
+    return store
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_store) -> Manifest:
+    return tiny_store.manifest("tiny")
+
+
+@pytest.fixture(scope="session")
+def real_store() -> Store:
+    """The store that holds SmolLM2; scripts/test sees to it."""
+    store = Store(default_store())
+    if REAL_MODEL not in store.names():
+        pytest.skip(f"{REAL_MODEL} is not in {default_store()}: coeld model add {REAL_MODEL}")
+    return store

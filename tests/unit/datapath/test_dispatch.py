@@ -1,0 +1,182 @@
+"""Dispatch with a world of plain functions: whatever fails, the sum is right or the error clear."""
+
+import threading
+from random import Random
+
+import numpy as np
+import pytest
+
+from coeld.datapath.dispatch import Dispatcher, RouteBoard
+from coeld.datapath.request import Cancelled, Request
+from coeld.errors import NotCovered, PeerGone, PeerRefused, PeerSlow
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.routes import RouteTable
+
+EXPERTS, HIDDEN = 8, 4
+ME = NodeId("0" * 16)
+NODES = [NodeId(str(n) * 16) for n in range(1, 5)]
+
+
+def weight(layer: int, expert: int) -> float:
+    return 1.0 + layer * 100 + expert
+
+
+class Runner:
+    """Experts are multiplications; some of them are here."""
+
+    def __init__(self, here: set[int]) -> None:
+        self.experts = here
+
+    def here(self, layer: int) -> frozenset[int]:
+        return frozenset(self.experts)
+
+    def run(self, layer: int, experts, x):
+        if not set(experts) <= self.experts:
+            raise PeerRefused("not here")
+        return sum(weight(layer, expert) for expert in experts) * x
+
+
+class Call:
+    def __init__(self, outcome) -> None:
+        self.outcome = outcome
+
+    def result(self):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class Peers:
+    """Owners as runners; `faults` says what happens to the next calls of a node."""
+
+    def __init__(self, owners: dict[NodeId, set[int]]) -> None:
+        self.owners = owners
+        self.faults: dict[NodeId, list] = {}
+        self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
+
+    def call(self, node, address, layer, experts, x):
+        self.asked.append((node, tuple(experts)))
+        fault = self.faults[node].pop(0) if self.faults.get(node) else None
+        if isinstance(fault, PeerGone):
+            raise fault
+        if fault is not None:
+            return Call(fault)
+        if not set(experts) <= self.owners[node]:
+            return Call(PeerRefused("not here"))
+        return Call(sum(weight(layer, expert) for expert in experts) * x)
+
+
+class Quiet:
+    def token(self, token): ...
+    def done(self, request, reason): ...
+    def failed(self, request, error): ...
+
+
+def request() -> Request:
+    return Request("r", [1], 1, Quiet())
+
+
+def routes(owners: dict[NodeId, set[int]], missing: int = 0, epoch: int = 1) -> RouteTable:
+    lots = {
+        Lot(0, expert): tuple(node for node in owners if expert in owners[node])
+        for expert in range(EXPERTS)
+    }
+    return RouteTable(
+        ModelHash("m"),
+        epoch,
+        {lot: nodes for lot, nodes in lots.items() if nodes},
+        {node: ("127.0.0.1", 1) for node in owners},
+        missing,
+    )
+
+
+def dispatcher(runner, peers, table, patience_s=5.0) -> Dispatcher:
+    made = Dispatcher(
+        me=ME,
+        experts=EXPERTS,
+        lot_bytes=10,
+        runner=runner,
+        peers=peers,
+        board=RouteBoard(),
+        patience_s=patience_s,
+        on_failure=lambda node, exc: None,
+    )
+    made.board.pin(table)
+    return made
+
+
+X = np.arange(3 * HIDDEN, dtype=np.float32).reshape(3, HIDDEN)
+WHOLE = sum(weight(0, expert) for expert in range(EXPERTS)) * X
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_ownership_and_any_faults_give_the_whole_sum(seed: int) -> None:
+    rng = Random(seed)
+    here = {expert for expert in range(EXPERTS) if rng.random() < 0.4}
+    owners = {node: {e for e in range(EXPERTS) if rng.random() < 0.6} for node in NODES}
+    for expert in range(EXPERTS):
+        owners[rng.choice(NODES)].add(expert)
+    peers = Peers(owners)
+    for node in NODES:
+        kinds = [PeerGone("gone"), PeerSlow("slow"), PeerRefused("no"), None]
+        peers.faults[node] = [rng.choice(kinds) for _ in range(rng.randint(0, 2))]
+    total = dispatcher(Runner(here), peers, routes(owners)).run(0, X, request())
+    assert np.allclose(total, WHOLE), f"seed={seed}"
+
+
+def test_each_owner_gets_one_call_with_all_of_its_experts() -> None:
+    owners = {NODES[0]: {0, 1, 2}, NODES[1]: {3, 4, 5}}
+    peers = Peers(owners)
+    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, request())
+    assert peers.asked == [(NODES[0], (0, 1, 2)), (NODES[1], (3, 4, 5))]
+
+
+def test_a_replica_is_asked_at_once_when_the_owner_fails() -> None:
+    everything = set(range(EXPERTS))
+    owners = {NODES[0]: everything, NODES[1]: everything}
+    peers = Peers(owners)
+    peers.faults[NODES[0]] = [PeerSlow("slow")]
+    made = dispatcher(Runner(set()), peers, routes(owners), patience_s=0.0)
+    assert np.allclose(made.run(0, X, request()), WHOLE)
+    assert [node for node, _ in peers.asked] == [NODES[0], NODES[1]]
+
+
+def test_a_new_route_table_ends_the_wait_and_the_stall_is_recorded() -> None:
+    everything = set(range(EXPERTS))
+    peers = Peers({NODES[0]: everything})
+    made = dispatcher(Runner(set()), peers, routes({}))
+    asked = request()
+    timer = threading.Timer(0.05, made.board.pin, [routes({NODES[0]: everything}, epoch=2)])
+    timer.start()
+    assert np.allclose(made.run(0, X, asked), WHOLE)
+    timer.join()
+    assert len(asked.stalls_s) == 1
+
+
+def test_loading_the_experts_here_ends_the_wait() -> None:
+    runner = Runner(set())
+    made = dispatcher(runner, Peers({}), routes({}))
+
+    def load() -> None:
+        runner.experts = set(range(EXPERTS))
+        made.board.nudge()
+
+    timer = threading.Timer(0.05, load)
+    timer.start()
+    assert np.allclose(made.run(0, X, request()), WHOLE)
+    timer.join()
+
+
+def test_an_uncovered_layer_fails_with_the_missing_bytes() -> None:
+    made = dispatcher(Runner({0}), Peers({}), routes({}, missing=70), patience_s=0.05)
+    with pytest.raises(NotCovered, match="70 bytes") as caught:
+        made.run(0, X, request())
+    assert caught.value.missing_bytes == 70
+
+
+def test_a_cancelled_request_does_not_wait() -> None:
+    made = dispatcher(Runner(set()), Peers({}), routes({}), patience_s=60.0)
+    asked = request()
+    asked.cancelled.set()
+    with pytest.raises(Cancelled):
+        made.run(0, X, asked)

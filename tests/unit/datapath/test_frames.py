@@ -1,0 +1,112 @@
+"""Frames: what goes in comes out, and nothing else gets in."""
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from coeld.datapath import frames
+from coeld.datapath.frames import HEADER, Kind
+from coeld.errors import FrameError
+
+
+def joined(pieces) -> bytes:
+    return b"".join(bytes(piece) for piece in pieces)
+
+
+def opened(data: bytes):
+    header = frames.parse_header(data[: HEADER.size])
+    payload = memoryview(data)[HEADER.size :]
+    assert len(payload) == header.payload_bytes
+    return header, payload
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_experts_and_rows_survive_the_journey(seed: int) -> None:
+    rng = Random(seed)
+    rows, hidden = rng.randint(1, 40), rng.choice([1, 7, 64])
+    experts = set(rng.sample(range(200), rng.randint(1, 20)))
+    x = np.random.default_rng(seed).standard_normal((rows, hidden), np.float32)
+    header, payload = opened(joined(frames.pack_experts(seed, 3, experts, x)))
+    assert (header.kind, header.call_id, header.layer) == (Kind.EXPERTS, seed, 3)
+    found, back = frames.unpack_experts(header, payload)
+    assert found == experts
+    assert np.array_equal(back, x)
+
+
+def test_results_and_texts_survive_the_journey() -> None:
+    y = np.arange(12, dtype=np.float32).reshape(3, 4)
+    header, payload = opened(joined(frames.pack_result(9, 2, y)))
+    assert np.array_equal(frames.unpack_result(header, payload), y)
+    header, payload = opened(joined(frames.pack_text(Kind.ERROR, 5, {"message": "no"})))
+    assert "no" in str(frames.refusal(payload))
+    header, payload = opened(joined(frames.pack_text(Kind.ERROR, 5, {"message": "é" * 9999})))
+    assert header.payload_bytes <= frames.TEXT_BYTES_MAX
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_numbers_are_refused(value: float) -> None:
+    x = np.full((2, 4), value, np.float32)
+    header, payload = opened(joined(frames.pack_experts(1, 0, {0}, x)))
+    with pytest.raises(FrameError, match="NaN"):
+        frames.unpack_experts(header, payload)
+
+
+def test_an_expert_named_twice_is_refused() -> None:
+    data = bytearray(joined(frames.pack_experts(1, 0, {1, 2}, np.zeros((1, 4), np.float32))))
+    data[HEADER.size : HEADER.size + 4] = b"\1\0\1\0"
+    with pytest.raises(FrameError, match="twice"):
+        frames.unpack_experts(*opened(bytes(data)))
+
+
+def test_every_limit_is_enforced_before_anything_is_allocated() -> None:
+    good = (b"CoEL", 1, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
+    frames.parse_header(HEADER.pack(*good))
+    for index, bad in (
+        (0, b"HTTP"),
+        (1, 2),
+        (2, 77),
+        (3, 9),
+        (4, 1),
+        (6, 65535),
+        (7, 0),
+        (7, 65535),
+        (8, 0),
+        (8, frames.ROWS_MAX + 1),
+        (9, frames.HIDDEN_MAX + 1),
+        (10, 4),
+        (10, 0xFFFFFFFF),
+    ):
+        values = list(good)
+        values[index] = bad
+        with pytest.raises(FrameError):
+            frames.parse_header(HEADER.pack(*values))
+
+
+def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
+    rng = Random(7)
+    x = np.ones((2, 8), np.float32)
+    seeds = [
+        joined(frames.pack_experts(1, 2, {3, 4}, x)),
+        joined(frames.pack_result(1, 2, x)),
+        joined(frames.pack_text(Kind.HELLO, 0, {"swarm": "s"})),
+    ]
+    accepted = 0
+    for _ in range(10_000):
+        data = bytearray(rng.choice(seeds))
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        try:
+            header, payload = frames.parse_header(data[: HEADER.size]), memoryview(data)[HEADER.size:]
+            if header.payload_bytes != len(payload):
+                continue
+            if header.kind is Kind.EXPERTS:
+                frames.unpack_experts(header, payload)
+            elif header.kind is Kind.RESULT:
+                frames.unpack_result(header, payload)
+            else:
+                frames.unpack_text(payload)
+            accepted += 1
+        except FrameError:
+            pass
+    assert 0 < accepted < 10_000

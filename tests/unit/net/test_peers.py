@@ -1,0 +1,215 @@
+"""The sockets of the data path, on loopback, with good peers and bad ones."""
+
+import socket
+import struct
+import threading
+import time
+from random import Random
+
+import numpy as np
+import pytest
+
+from coeld.datapath import frames
+from coeld.datapath.frames import HEADER, Kind
+from coeld.errors import PeerError, PeerGone, PeerRefused, PeerSlow
+from coeld.ids import NodeId
+from coeld.net import peers
+from coeld.net.peers import Introduction, PeerPool, PeerServer
+
+HIDDEN = 8
+SERVER, CALLER = NodeId("5" * 16), NodeId("c" * 16)
+X = np.arange(2 * HIDDEN, dtype=np.float32).reshape(2, HIDDEN)
+
+
+def run(layer: int, experts: frozenset[int], x):
+    if layer == 9:
+        raise PeerRefused("layer 9 is not here")
+    return x * (layer + 1) * len(experts)
+
+
+def introduction(node: NodeId, model: str = "m", swarm: str = "s") -> Introduction:
+    return Introduction(swarm, model, node)
+
+
+@pytest.fixture
+def server():
+    made = PeerServer("127.0.0.1", 0)
+    made.serve(introduction(SERVER), HIDDEN, run)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pool():
+    made = PeerPool(introduction(CALLER), 1.0)
+    yield made
+    made.close()
+
+
+def ask(pool: PeerPool, server: PeerServer, layer: int = 1, node: NodeId = SERVER):
+    return pool.call(node, (server.host, server.port), layer, {1, 2}, X).result()
+
+
+def raw(server: PeerServer) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=5)
+
+
+def greeted(server: PeerServer) -> socket.socket:
+    sock = raw(server)
+    sock.sendall(b"".join(frames.pack_text(Kind.HELLO, 0, introduction(CALLER).to_json())))
+    head = sock.recv(HEADER.size, socket.MSG_WAITALL)
+    sock.recv(frames.parse_header(head).payload_bytes, socket.MSG_WAITALL)
+    return sock
+
+
+def test_calls_come_back_summed_and_are_counted(server, pool) -> None:
+    for _ in range(50):
+        assert np.array_equal(ask(pool, server), X * 4)
+    assert pool.stats()[SERVER].calls == 50
+    assert len(pool.stats()[SERVER].rtt_us) == 50
+
+
+def test_a_refusal_keeps_the_connection(server, pool) -> None:
+    with pytest.raises(PeerRefused, match="layer 9"):
+        ask(pool, server, layer=9)
+    assert np.array_equal(ask(pool, server), X * 4)
+
+
+@pytest.mark.parametrize("wrong", [{"model": "other"}, {"swarm": "other"}])
+def test_a_device_with_another_model_or_swarm_is_turned_away(server, wrong) -> None:
+    pool = PeerPool(introduction(CALLER, **wrong), 1.0)
+    with pytest.raises(PeerGone, match="another"):
+        ask(pool, server)
+    pool.close()
+
+
+def test_another_device_at_the_address_is_noticed(server, pool) -> None:
+    with pytest.raises(PeerGone, match="another device"):
+        ask(pool, server, node=NodeId("d" * 16))
+
+
+def test_nobody_listening_is_gone_at_once(pool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as placeholder:
+        address = placeholder.getsockname()
+    with pytest.raises(PeerGone):
+        pool.call(SERVER, address, 0, {1}, X)
+
+
+def test_a_peer_that_never_answers_is_slow_and_its_late_answer_is_not_mistaken(server) -> None:
+    release = threading.Event()
+
+    def sluggish(layer, experts, x):
+        release.wait(5)
+        return x * 0
+
+    server.serve(introduction(SERVER), HIDDEN, sluggish)
+    pool = PeerPool(introduction(CALLER), 0.1)
+    with pytest.raises(PeerSlow):
+        ask(pool, server)
+    release.set()
+    server.serve(introduction(SERVER), HIDDEN, run)
+    assert np.array_equal(ask(pool, server), X * 4)
+    pool.close()
+
+
+def test_a_restarted_peer_is_called_over_a_new_connection(pool) -> None:
+    first = PeerServer("127.0.0.1", 0)
+    first.serve(introduction(SERVER), HIDDEN, run)
+    ask(pool, first)
+    first.close()
+    with pytest.raises(PeerError):
+        ask(pool, first)
+    second = PeerServer("127.0.0.1", 0)
+    second.serve(introduction(SERVER), HIDDEN, run)
+    assert np.array_equal(ask(pool, second), X * 4)
+    second.close()
+
+
+def test_random_bytes_are_refused_and_valid_peers_do_not_notice(server, pool) -> None:
+    ask(pool, server)
+    rng = Random(3)
+    for _ in range(300):
+        with raw(server) as sock:
+            try:
+                sock.sendall(rng.randbytes(rng.randint(1, 400)))
+                sock.shutdown(socket.SHUT_WR)
+                while sock.recv(4096):
+                    pass
+            except OSError:
+                pass
+    assert np.array_equal(ask(pool, server), X * 4)
+    assert server.refused >= 200
+
+
+def test_an_oversized_frame_is_refused_before_it_is_read(server) -> None:
+    with greeted(server) as sock:
+        size = frames.PAYLOAD_BYTES_MAX + 4
+        rows = (size - 4) // 4
+        sock.sendall(HEADER.pack(b"CoEL", 1, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size))
+        kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
+        assert kind is Kind.ERROR
+
+
+def test_rows_of_another_width_are_refused(server) -> None:
+    with greeted(server) as sock:
+        narrow = np.zeros((1, HIDDEN - 1), np.float32)
+        sock.sendall(b"".join(frames.pack_experts(1, 0, {0}, narrow)))
+        kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
+        assert kind is Kind.ERROR
+
+
+def test_a_peer_that_sends_half_a_frame_is_cut_off(server, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "FRAME_TIMEOUT_S", 0.1)
+    with greeted(server) as sock:
+        sock.sendall(b"CoEL")
+        assert sock.recv(1) == b""
+
+
+def test_connections_beyond_the_limit_are_closed(server, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "CONNECTIONS_MAX", 2)
+    kept = [greeted(server) for _ in range(2)]
+    with raw(server) as extra:
+        assert extra.recv(1) == b""
+    for sock in kept:
+        sock.close()
+
+
+def test_an_answer_to_another_call_is_not_accepted(pool) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def lie() -> None:
+        sock, _ = listener.accept()
+        with sock:
+            head = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
+            sock.recv(head.payload_bytes, socket.MSG_WAITALL)
+            hello = {"swarm": "s", "model": "m", "node": SERVER}
+            sock.sendall(b"".join(frames.pack_text(Kind.HELLO, 0, hello)))
+            head = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
+            sock.recv(head.payload_bytes, socket.MSG_WAITALL)
+            sock.sendall(b"".join(frames.pack_result(head.call_id + 1, 0, X)))
+            sock.recv(1)
+
+    liar = threading.Thread(target=lie)
+    liar.start()
+    with pytest.raises(PeerError, match="another call"):
+        pool.call(SERVER, listener.getsockname(), 0, {1}, X).result()
+    liar.join()
+    listener.close()
+
+
+def test_closing_the_server_ends_its_threads() -> None:
+    before = threading.active_count()
+    server = PeerServer("127.0.0.1", 0)
+    server.serve(introduction(SERVER), HIDDEN, run)
+    sockets = [greeted(server) for _ in range(5)]
+    server.close()
+    deadline = time.monotonic() + 2
+    while threading.active_count() > before and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert threading.active_count() == before
+    for sock in sockets:
+        sock.close()
+
+
+def test_the_header_has_the_documented_size() -> None:
+    assert HEADER.size == struct.calcsize("<4sBBBBIHHIII") == 28
