@@ -1,0 +1,92 @@
+"""What must hold in every simulated swarm, stated without looking into the nodes' reasoning.
+
+`watch` checks safety at every effect: budgets, and that routes name only devices which really
+loaded the lot. `at_rest` checks liveness after faults have ended: all views equal, everything
+covered if it fits, and the right number of missing bytes if it does not.
+"""
+
+from coeld.effects import Effect, LoadLots, SwapRoutes
+from coeld.sim.world import Device, World
+
+STALE_S = 32.0
+"""Longest that anyone may believe in a device that is gone: silence and suspicion, times 8."""
+
+
+def watch(world: World) -> None:
+    """Check safety from now on; violations raise AssertionError where they happen."""
+    world.watchers.append(_safety)
+
+
+def _safety(world: World, device: Device, effect: Effect) -> None:
+    demand = world.demand
+    if isinstance(effect, LoadLots):
+        held = device.serving | device.loading | device.draining
+        assert not held & set(effect.lots), f"{device.id} loads what it holds already"
+        used = demand.trunk_bytes + (len(held) + len(effect.lots)) * demand.lot_bytes
+        assert used <= device.spec.budget_bytes, f"{device.id} loads {used} bytes"
+    if isinstance(effect, SwapRoutes):
+        before = device.table
+        assert before is None or effect.table.epoch >= before.epoch, "the epoch went back"
+        for lot, owners in effect.table.owners.items():
+            assert len(set(owners)) == len(owners)
+            for owner in owners:
+                other = world.devices[owner]
+                stale_s = world.now - other.left_memory.get(lot, float("-inf"))
+                held = lot in other.serving | other.draining
+                assert held or stale_s < STALE_S, f"a route names {owner}, which has no {lot}"
+                if owner == device.id:
+                    assert lot in device.serving, "own route to a lot that is not in memory"
+
+
+def capacity_lots(world: World) -> int:
+    """Lots that all devices with a running engine can hold together."""
+    demand = world.demand
+    return sum(
+        max(0, device.spec.budget_bytes - demand.trunk_bytes) // demand.lot_bytes
+        for device in world.up()
+        if device.engine
+    )
+
+
+def covered(world: World) -> bool:
+    """Does every device that is up have a route to a living owner for every lot?"""
+    lots = world.demand.lots()
+    for device in world.up():
+        table = device.table
+        if table is None:
+            return False
+        for lot in lots:
+            owners = [world.devices[owner] for owner in table.owners_of(lot)]
+            if not any(owner.node is not None and lot in owner.serving for owner in owners):
+                return False
+    return True
+
+
+def at_rest(world: World) -> None:
+    """The swarm has had time without faults: it must agree, and be as good as it can be."""
+    devices = world.up()
+    tables = [device.table for device in devices]
+    assert all(table is not None for table in tables)
+    views = {
+        (
+            table.epoch,
+            table.missing_bytes,
+            tuple(sorted((lot, tuple(sorted(nodes))) for lot, nodes in table.owners.items())),
+        )
+        for table in tables
+        if table is not None
+    }
+    assert len(views) == 1, f"{len(views)} different route tables at rest"
+    _, missing_bytes, owners = views.pop()
+    truth: dict[object, list[object]] = {}
+    for device in devices:
+        for lot in device.serving:
+            truth.setdefault(lot, []).append(device.id)
+    assert {lot: sorted(nodes) for lot, nodes in owners} == {
+        lot: sorted(nodes)
+        for lot, nodes in truth.items()  # type: ignore[type-var]
+    }, "routes differ from what is in memory"
+    total = len(world.demand.lots())
+    short = max(0, total - capacity_lots(world))
+    assert missing_bytes == short * world.demand.lot_bytes, f"missing {missing_bytes}"
+    assert len(owners) == total - short, f"{len(owners)} of {total} covered, {short} do not fit"
