@@ -118,9 +118,9 @@ class Manifest:
 
     @property
     def hash(self) -> ModelHash:
-        """Same content, same hash, whatever the model is called here."""
+        """Same content, same hash, whatever people call it and wherever it came from."""
         value = asdict(self)
-        del value["name"], value["source"]
+        del value["name"], value["source"], value["licence"]
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
 

@@ -93,17 +93,21 @@ def attention_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Ten
 def head_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
     """hidden (m, H) to logits (m, V): the last norm and the vocabulary matrix."""
     h, v = shape.hidden, shape.vocab
+    constants: Weights = {
+        "epsilon": np.array(shape.norm_epsilon, np.float32),
+        "last_axis": np.array([-1], np.int64),
+    }
     nodes = [
-        helper.make_node(
-            "SimplifiedLayerNormalization",
-            ["hidden", "norm"],
-            ["normed"],
-            axis=-1,
-            epsilon=shape.norm_epsilon,
-        ),
+        helper.make_node("Mul", ["hidden", "hidden"], ["squares"]),
+        helper.make_node("ReduceMean", ["squares", "last_axis"], ["mean_square"], keepdims=1),
+        helper.make_node("Add", ["mean_square", "epsilon"], ["above_zero"]),
+        helper.make_node("Sqrt", ["above_zero"], ["root"]),
+        helper.make_node("Div", ["hidden", "root"], ["scaled"]),
+        helper.make_node("Mul", ["scaled", "norm"], ["normed"]),
         _matmul("normed", "head", "logits", v, h, shape),
     ]
-    return _blob("head", nodes, [_floats("hidden", "m", h)], [_floats("logits", "m", v)], weights)
+    hidden, logits = _floats("hidden", "m", h), _floats("logits", "m", v)
+    return _blob("head", nodes, [hidden], [logits], weights, constants)
 
 
 def embedding_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:

@@ -10,7 +10,7 @@ from coeld.errors import BadModelFile
 from coeld.model.manifest import Manifest, parse_manifest
 from coeld.model.store import Store
 
-Tiny = tuple[Store, Manifest]
+Imported = tuple[Store, Manifest]
 
 
 def edited(manifest: Manifest, path: list[Any], value: Any) -> str:
@@ -50,19 +50,19 @@ def edited(manifest: Manifest, path: list[Any], value: Any) -> str:
         (["surprise"], 1),
     ],
 )
-def test_a_wrong_value_is_refused(tiny: Tiny, path: list[Any], value: Any) -> None:
+def test_a_wrong_value_is_refused(imported: Imported, path: list[Any], value: Any) -> None:
     with pytest.raises(BadModelFile, match=r"damaged|another version"):
-        parse_manifest(edited(tiny[1], path, value))
+        parse_manifest(edited(imported[1], path, value))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "3", '{"format": 1}', "[" * 2000])
-def test_something_else_than_a_manifest_is_refused(tiny: Tiny, text: str) -> None:
+def test_something_else_than_a_manifest_is_refused(imported: Imported, text: str) -> None:
     with pytest.raises((BadModelFile, RecursionError)):
         parse_manifest(text)
 
 
-def test_random_edits_never_raise_anything_else(tiny: Tiny) -> None:
-    text = tiny[1].to_json()
+def test_random_edits_never_raise_anything_else(imported: Imported) -> None:
+    text = imported[1].to_json()
     rng = random.Random(1)
     for _ in range(300):
         at = rng.randrange(len(text))
@@ -73,16 +73,16 @@ def test_random_edits_never_raise_anything_else(tiny: Tiny) -> None:
             continue
 
 
-def test_the_hash_is_of_the_content_not_of_the_name(tiny: Tiny) -> None:
-    manifest = tiny[1]
+def test_the_hash_is_of_the_content_not_of_the_name(imported: Imported) -> None:
+    manifest = imported[1]
     renamed = parse_manifest(edited(manifest, ["name"], "other"))
     retrained = parse_manifest(edited(manifest, ["add_bos"], True))
     assert renamed.hash == manifest.hash
     assert retrained.hash != manifest.hash
 
 
-def test_what_a_model_demands_is_its_weights(tiny: Tiny) -> None:
-    manifest = tiny[1]
+def test_what_a_model_demands_is_its_weights(imported: Imported) -> None:
+    manifest = imported[1]
     lots = sum(len(layer) for layer in manifest.experts)
     demand = manifest.demand()
     assert demand.lot_bytes * lots + demand.trunk_bytes == manifest.weights_bytes

@@ -14,18 +14,18 @@ from coeld.errors import BadChecksum, BadModelFile, DiskFull, ModelError, Unknow
 from coeld.model.manifest import BlobRef, Manifest
 from coeld.model.store import Store, default_store, free_bytes
 
-Tiny = tuple[Store, Manifest]
+Imported = tuple[Store, Manifest]
 
 
 @pytest.fixture
-def copy(tiny: Tiny, tmp_path: Path) -> Tiny:
+def copy(imported: Imported, tmp_path: Path) -> Imported:
     """A store that a test may change."""
-    shutil.copytree(tiny[0].root, tmp_path / "store")
-    return Store(tmp_path / "store"), tiny[1]
+    shutil.copytree(imported[0].root, tmp_path / "store")
+    return Store(tmp_path / "store"), imported[1]
 
 
-def test_a_manifest_comes_back_as_it_was_saved(tiny: Tiny) -> None:
-    store, manifest = tiny
+def test_a_manifest_comes_back_as_it_was_saved(imported: Imported) -> None:
+    store, manifest = imported
     assert store.manifest("tiny") == manifest
     assert store.models() == [manifest]
     store.verify(manifest)
@@ -41,19 +41,19 @@ def test_nothing_is_installed_in_a_directory_that_does_not_exist(tmp_path: Path)
     assert not store.root.exists()
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones(tiny: Tiny) -> None:
-    with pytest.raises(UnknownModel, match="'huge'.*installed: tiny"):
-        tiny[0].manifest("huge")
+def test_an_unknown_name_is_answered_with_the_known_ones(imported: Imported) -> None:
+    with pytest.raises(UnknownModel, match=r"'huge'.*installed: tiny"):
+        imported[0].manifest("huge")
 
 
 @pytest.mark.parametrize("name", ["", "../tiny", "a/b", "Tiny", ".hidden", "a" * 65, "a\n", "ä"])
-def test_a_name_cannot_leave_the_folder(tiny: Tiny, name: str) -> None:
+def test_a_name_cannot_leave_the_folder(imported: Imported, name: str) -> None:
     with pytest.raises(ModelError, match="cannot be the name"):
-        tiny[0].manifest(name)
+        imported[0].manifest(name)
 
 
-def test_weights_are_views_of_the_file_and_cannot_be_written(tiny: Tiny) -> None:
-    store, manifest = tiny
+def test_weights_are_views_of_the_file_and_cannot_be_written(imported: Imported) -> None:
+    store, manifest = imported
     for ref in (manifest.head, manifest.attention[0], manifest.experts[1][7]):
         for name, view in store.tensors(ref).items():
             assert view.shape == ref.tensors[name].shape
@@ -62,7 +62,7 @@ def test_weights_are_views_of_the_file_and_cannot_be_written(tiny: Tiny) -> None
             assert view.ctypes.data % 64 == 0
 
 
-def test_a_blob_of_the_wrong_size_is_not_here(copy: Tiny) -> None:
+def test_a_blob_of_the_wrong_size_is_not_here(copy: Imported) -> None:
     store, manifest = copy
     ref = manifest.experts[0][0]
     path = store.blob_path(ref)
@@ -74,7 +74,7 @@ def test_a_blob_of_the_wrong_size_is_not_here(copy: Tiny) -> None:
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing"])
-def test_verify_names_the_damaged_blob(copy: Tiny, damage: str) -> None:
+def test_verify_names_the_damaged_blob(copy: Imported, damage: str) -> None:
     store, manifest = copy
     path = store.blob_path(manifest.experts[0][3])
     data = bytearray(path.read_bytes())
@@ -86,7 +86,7 @@ def test_verify_names_the_damaged_blob(copy: Tiny, damage: str) -> None:
         store.verify(manifest)
 
 
-def test_removing_a_model_keeps_what_another_one_shares(copy: Tiny) -> None:
+def test_removing_a_model_keeps_what_another_one_shares(copy: Imported) -> None:
     store, manifest = copy
     own = BlobRef(store.put(b"{{ messages }}"), 14, {})
     store.save(replace(manifest, name="other", chat_template=own))
@@ -99,7 +99,7 @@ def test_removing_a_model_keeps_what_another_one_shares(copy: Tiny) -> None:
     assert list((store.root / "blobs").iterdir()) == []
 
 
-def test_blobs_of_a_damaged_neighbour_are_not_collected(copy: Tiny) -> None:
+def test_blobs_of_a_damaged_neighbour_are_not_collected(copy: Imported) -> None:
     store, manifest = copy
     (store.root / "models" / "damaged.json").write_text("{")
     with pytest.raises(ModelError, match="kept"):
@@ -109,7 +109,7 @@ def test_blobs_of_a_damaged_neighbour_are_not_collected(copy: Tiny) -> None:
     assert not store.has(manifest.head)
 
 
-def test_blobs_are_read_only_and_stored_once(copy: Tiny) -> None:
+def test_blobs_are_read_only_and_stored_once(copy: Imported) -> None:
     store, _ = copy
     sha256 = store.put(b"hello")
     path = store.root / "blobs" / sha256
@@ -119,7 +119,7 @@ def test_blobs_are_read_only_and_stored_once(copy: Tiny) -> None:
     assert path.stat().st_ino == before.st_ino
 
 
-def test_a_half_written_blob_is_replaced(copy: Tiny) -> None:
+def test_a_half_written_blob_is_replaced(copy: Imported) -> None:
     store, _ = copy
     path = store.root / "blobs" / store.put(b"hello")
     path.chmod(0o644)
@@ -128,7 +128,7 @@ def test_a_half_written_blob_is_replaced(copy: Tiny) -> None:
     assert path.read_bytes() == b"hello"
 
 
-def test_two_changes_at_once_are_refused(copy: Tiny) -> None:
+def test_two_changes_at_once_are_refused(copy: Imported) -> None:
     store, _ = copy
     with (
         store.lock(),
@@ -140,7 +140,7 @@ def test_two_changes_at_once_are_refused(copy: Tiny) -> None:
         pass
 
 
-def test_taking_the_lock_clears_what_a_killed_process_left(copy: Tiny) -> None:
+def test_taking_the_lock_clears_what_a_killed_process_left(copy: Imported) -> None:
     store, _ = copy
     (store.partial / "file.tmp").write_text("half")
     (store.partial / "folder.tmp").mkdir()
@@ -185,7 +185,7 @@ def test_the_agent_can_use_the_store_without_numpy() -> None:
     assert run.returncode == 0
 
 
-def test_a_manifest_under_another_name_is_damaged(copy: Tiny) -> None:
+def test_a_manifest_under_another_name_is_damaged(copy: Imported) -> None:
     store, _ = copy
     models = store.root / "models"
     (models / "stolen.json").write_text((models / "tiny.json").read_text())
@@ -193,8 +193,8 @@ def test_a_manifest_under_another_name_is_damaged(copy: Tiny) -> None:
         store.manifest("stolen")
 
 
-def test_views_hold_little_endian_numbers(tiny: Tiny) -> None:
-    store, manifest = tiny
+def test_views_hold_little_endian_numbers(imported: Imported) -> None:
+    store, manifest = imported
     views = store.tensors(manifest.head)
     assert views["norm"].dtype == np.dtype("<f4")
     assert views["head.w"].dtype == np.uint8

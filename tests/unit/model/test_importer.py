@@ -1,0 +1,291 @@
+"""Importing: the right experts, the same hash every time, and nothing half-finished ever."""
+
+import errno
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from coeld.compression.quantize import dequantize
+from coeld.errors import BadModelFile, DiskFull, ModelError, UnsupportedModel
+from coeld.model.families import llama
+from coeld.model.importer import Origin, import_gguf
+from coeld.model.manifest import Manifest
+from coeld.model.store import Store
+from tests.reference import gguf_numpy
+from tests.reference.tiny_gguf import write_tiny_llama
+
+Imported = tuple[Store, Manifest]
+
+
+def quiet(done: int, total: int, what: str) -> None:
+    """Progress that nobody watches."""
+
+
+def weight(store: Store, manifest: Manifest, layer: int, expert: int, name: str) -> np.ndarray:
+    views = store.tensors(manifest.experts[layer][expert])
+    return dequantize(views[f"{name}.w"], views[f"{name}.s"])
+
+
+def files_in(store: Store) -> set[str]:
+    return {str(path.relative_to(store.root)) for path in store.root.rglob("*") if path.is_file()}
+
+
+def test_each_expert_holds_its_neurons_of_the_feed_forward_block(
+    imported: Imported, tiny_gguf: Path
+) -> None:
+    store, manifest = imported
+    tensors = gguf_numpy.load(tiny_gguf).tensors
+    width = manifest.shape.expert_width
+    for layer in range(3):
+        for expert in range(8):
+            own = slice(expert * width, (expert + 1) * width)
+            for name, wanted in {
+                "gate": tensors[f"blk.{layer}.ffn_gate.weight"][own],
+                "up": tensors[f"blk.{layer}.ffn_up.weight"][own],
+                "down": tensors[f"blk.{layer}.ffn_down.weight"][:, own],
+            }.items():
+                found = weight(store, manifest, layer, expert, name)
+                assert np.abs(found - wanted).max() <= np.abs(wanted).max() / 254 * 1.001
+
+
+def test_the_manifest_says_where_the_model_came_from(imported: Imported) -> None:
+    assert (imported[1].source, imported[1].licence) == ("tiny.gguf", "apache-2.0")
+
+
+def test_the_same_file_gives_the_same_hash(
+    imported: Imported, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    origin = Origin("somewhere else", "another spelling")
+    again = import_gguf(Store(tmp_path / "s"), tiny_gguf, "twin", origin, quiet)
+    assert again.hash == imported[1].hash
+    assert (again.source, again.licence) == ("somewhere else", "another spelling")
+
+
+def test_an_untied_model_gets_an_embedding_of_its_own(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, tied=False)
+    store = Store(tmp_path / "s")
+    manifest = import_gguf(store, path, "untied", None, quiet)
+    tensors = gguf_numpy.load(path).tensors
+    views = store.tensors(manifest.embedding)
+    rows = dequantize(views["embedding.w"], views["embedding.s"])
+    assert not manifest.tied
+    assert np.abs(rows - tensors["token_embd.weight"]).max() < 0.01
+    head = store.tensors(manifest.head)
+    found = dequantize(head["head.w"], head["head.s"])
+    assert np.abs(found - tensors["output.weight"]).max() < 0.01
+
+
+def test_the_embedding_blob_runs_alone(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, tied=False)
+    store = Store(tmp_path / "s")
+    manifest = import_gguf(store, path, "untied", None, quiet)
+    options = ort.SessionOptions()
+    options.use_per_session_threads = False
+    session = ort.InferenceSession(str(store.blob_path(manifest.embedding)), options)
+    (rows,) = session.run(None, {"ids": np.array([5, 0, 268], np.int64)})
+    views = store.tensors(manifest.embedding)
+    wanted = dequantize(views["embedding.w"], views["embedding.s"])[[5, 0, 268]]
+    np.testing.assert_allclose(rows, wanted, rtol=1e-6)
+
+
+def test_progress_rises_from_nothing_to_everything(tiny_gguf: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    import_gguf(
+        Store(tmp_path / "s"), tiny_gguf, "x", None, lambda *progress: seen.append(progress)
+    )
+    done = [step[0] for step in seen]
+    assert done == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == seen[-1][1] == tiny_gguf.stat().st_size
+
+
+def test_nothing_but_model_and_lock_is_left(imported: Imported) -> None:
+    store, manifest = imported
+    blobs = {f"blobs/{ref.sha256}" for ref in manifest.blobs()}
+    assert files_in(store) == blobs | {"lock", "models/tiny.json"}
+
+
+def test_a_name_that_is_taken_is_refused(imported: Imported, tiny_gguf: Path) -> None:
+    with pytest.raises(ModelError, match="installed already"):
+        import_gguf(imported[0], tiny_gguf, "tiny", None, quiet)
+
+
+def test_a_file_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(ModelError, match="cannot open"):
+            import_gguf(Store(tmp_path / "s"), path, "x", None, quiet)
+
+
+def test_another_architecture_is_unsupported(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, architecture="qwen3moe")
+    with pytest.raises(UnsupportedModel, match="'qwen3moe'.*'llama'"):
+        import_gguf(Store(tmp_path / "s"), path, "x", None, quiet)
+
+
+def test_a_bad_weight_in_the_last_layer_leaves_no_model(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=3)
+    data = bytearray(path.read_bytes())
+    data[len(data) - 340 : len(data) - 338] = b"\x00\x7c"  # an infinite scale
+    path.write_bytes(data)
+    store = Store(tmp_path / "s")
+    with pytest.raises(BadModelFile, match=r"blk\.2\.ffn_down"):
+        import_gguf(store, path, "x", None, quiet)
+    assert store.names() == []
+
+
+# Interruption
+
+CHILD = """
+import signal, sys
+from pathlib import Path
+from coeld.model.importer import import_gguf
+from coeld.model.store import Store
+
+def stop_at_layer_3(done, total, what):
+    if what == "layer 3":
+        print(what, flush=True)
+        signal.pause()
+
+import_gguf(Store(Path(sys.argv[1])), Path(sys.argv[2]), "x", None, stop_at_layer_3)
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_import_goes_on_and_ends_with_the_same_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals
+) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=6)
+    store = Store(tmp_path / "s")
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(store.root), str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"layer 3\n"
+        child.send_signal(stop)
+        assert child.wait() != 0
+    assert store.names() == []
+    assert list(store.partial.glob("*.tmp")) == []
+
+    redone: list[int] = []
+    read = llama.read_layer
+    monkeypatch.setattr(llama, "read_layer", lambda f, s, i: redone.append(i) or read(f, s, i))
+    resumed = import_gguf(store, path, "x", None, quiet)
+    assert redone == [3, 4, 5]
+    store.verify(resumed)
+    fresh = import_gguf(Store(tmp_path / "fresh"), path, "x", None, quiet)
+    assert resumed.hash == fresh.hash
+    assert files_in(store) == files_in(Store(tmp_path / "fresh"))
+
+
+def test_a_damaged_journal_only_costs_time(
+    imported: Imported, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(store, tiny_gguf, "tiny", None, stop)
+    (journal,) = store.partial.iterdir()
+    journal.write_bytes(journal.read_bytes()[:-20] + b'\n\xff\n[]\n{"part": 1, "refs": 2}\n')
+    assert import_gguf(store, tiny_gguf, "tiny", None, quiet).hash == imported[1].hash
+
+
+def test_finished_parts_whose_blobs_vanished_are_made_again(
+    imported: Imported, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(store, tiny_gguf, "tiny", None, stop)
+    for blob in (store.root / "blobs").iterdir():
+        blob.unlink()
+    again = import_gguf(store, tiny_gguf, "tiny", None, quiet)
+    store.verify(again)
+    assert again.hash == imported[1].hash
+
+
+# Full disk
+
+MOUNT_BYTES = 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={MOUNT_BYTES}", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("needs root, to mount a small file system")
+    yield mount
+    subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_start(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=20)
+    with pytest.raises(DiskFull, match=r"\d+ bytes are needed, \d+ are free"):
+        import_gguf(Store(small_disk / "s"), path, "x", None, quiet)
+
+
+def test_a_disk_that_fills_up_during_the_import_leaves_no_model_and_can_go_on(
+    tmp_path: Path, small_disk: Path, imported: Imported, tiny_gguf: Path
+) -> None:
+    store = Store(small_disk / "s")
+    ballast = small_disk / "ballast"
+
+    def fill(done: int, total: int, what: str) -> None:
+        if what == "layer 1" and not ballast.exists():
+            with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    with pytest.raises(DiskFull, match=r"the disk is full.*bytes are free"):
+        import_gguf(store, tiny_gguf, "tiny", None, fill)
+    assert store.names() == []
+    assert list(store.partial.glob("*.tmp")) == []
+    ballast.write_bytes(b"")
+    ballast.unlink()
+    assert import_gguf(store, tiny_gguf, "tiny", None, quiet).hash == imported[1].hash
+
+
+def test_a_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=1)
+    store = Store(tmp_path / "s")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(DiskFull):
+            import_gguf(store, path, "x", None, quiet)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert store.names() == []
+    assert list(store.partial.glob("*.tmp")) == []
+
+
+def test_other_trouble_with_the_disk_is_not_called_full(tmp_path: Path) -> None:
+    store = Store(tmp_path / "s")
+    with store.lock():
+        store.partial.rmdir()
+        with pytest.raises(OSError, match="No such file") as caught:
+            store.put(b"x")
+        assert caught.value.errno == errno.ENOENT
+        store.partial.mkdir()
