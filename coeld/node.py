@@ -32,7 +32,8 @@ from coeld.node_config import NodeConfig
 from coeld.node_status import describe
 from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
-from coeld.update.migration import LotState, Migration, Move, Wish
+from coeld.routes import RouteTable
+from coeld.update.migration import LotState, Migration, Move, Plan, Wish
 from coeld.update.switchover import Switchover
 from coeld.view import ModelDemand
 
@@ -53,14 +54,15 @@ class Node:
         self.stale_reports = 0
         """Reports of the engine about lots that were in no such state: of an engine before."""
         self._quiet = Quiet()
-        self._leading: dict[Task, Offer] = {}
+        self._leading: dict[Task, Offer] | None = None
+        """The best claims; None: not counted since they changed."""
         self._lots: list[Lot] = []
         self._missing_bytes = 0
         self._bid_wanted = True
         self._bid_at = 0.0
         self._joined_at = float("-inf")
         self._barred: set[Lot] = set()
-        self._seen = (-1, -1)
+        self._seen_market = self._seen_supply = self._seen_marks = -1
         self._planned_at = float("-inf")
         self._started = self._left = False
         self._out: list[Effect] = []
@@ -134,10 +136,8 @@ class Node:
         """Deployment: claim the best lots that nobody else bids more for."""
         if (barred := self.migration.barred(now)) != self._barred:
             self._barred, self._bid_wanted = barred, True
-        market = self.perception.market
-        if market != self._seen[0]:
+        if self._market_moved(now):
             self._bid_wanted = True
-            self._see_market(now)
         if not self._bid_wanted or now < self._bid_at:
             return
         self._bid_wanted = False
@@ -146,8 +146,7 @@ class Node:
         if self.demand is not None and me.model == self.demand.model:
             rivals = leaders(r for r in self._market() if r.origin != self.node_id)
             self.perception.tell(claims=self._bundle(self.demand, rivals))
-            if self.perception.market != self._seen[0]:
-                self._see_market(now)
+            self._market_moved(now)
 
     def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Any, ...]:
         speed = self.perception.me.kernel_mb_per_s
@@ -165,44 +164,50 @@ class Node:
 
     def _plan(self, now: float) -> None:
         """Update: load what was won, drop what is no longer needed, publish the routes."""
-        seen = (self.perception.market, self.perception.supply)
+        perception = self.perception
         timed = any(self._planned_at < at <= now for at in self._rests())
-        if self.demand is None or (seen == self._seen and not timed):
-            self._seen = seen
-            self._planned_at = now
+        self._planned_at = now
+        if self.demand is None:
+            return
+        if perception.supply == self._seen_supply and not timed:
+            if perception.marks != self._seen_marks:
+                self._swap(self.switchover.agree(self.demand, list(perception.present())))
             return
         joined = now >= self._joined_at
         urgent, settled = (joined and now >= at for at in self._rests()[:2])
-        if self.perception.me.model is not None:
+        plan = Plan()
+        if perception.me.model is not None:
             wish = Wish(self._won(), self._elsewhere(), self._capacity(), urgent, settled)
             plan = self.migration.plan(wish, self.demand.lot_bytes)
             self._bid_wanted |= bool(plan.load or plan.drop)
-            self.perception.tell(serving=self.migration.serving)
-        else:
-            plan = None
-        self._switch(self.demand, settled and self.perception.complete)
-        if plan is not None and plan.drop:
+            perception.tell(serving=self.migration.serving)
+        self._switch(self.demand, settled and perception.complete)
+        if plan.drop:
             self._out.append(DropLots(plan.drop))
-        if plan is not None and plan.load:
+        if plan.load:
             self._out.append(LoadLots(plan.load))
-        self._seen = (self.perception.market, self.perception.supply)
-        self._planned_at = now
+        self._seen_supply = perception.supply
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
-        missing = len(unclaimed(self._lots, self._leading)) * demand.lot_bytes
+        missing = len(unclaimed(self._lots, self._leaders())) * demand.lot_bytes
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
-        table = self.switchover.update(
-            demand,
-            list(self.perception.present()),
-            self.perception.suspects(),
-            owners(self._leading),
-            self._missing_bytes,
+        self._swap(
+            self.switchover.update(
+                demand,
+                list(self.perception.present()),
+                self.perception.suspects(),
+                owners(self._leaders()),
+                self._missing_bytes,
+            )
         )
+
+    def _swap(self, table: RouteTable | None) -> None:
         if table is not None:
             self._out.append(SwapRoutes(table))
             self.perception.tell(
                 urgent=False, epoch=table.epoch, fingerprint=self.switchover.fingerprint
             )
+        self._seen_marks = self.perception.marks
 
     # ---- events in detail ------------------------------------------------------------------
 
@@ -260,17 +265,26 @@ class Node:
 
     def _touch(self) -> None:
         """Something of our own changed: plan again in this step."""
-        self._seen = (self._seen[0], -1)
+        self._seen_supply = -1
 
     def _rests(self) -> tuple[float, float, float]:
         """When the auction counts as quiet, as settled, and when joining is over."""
         quiet_s, settle_s = self.config.quiet_ms / 1000, self.config.settle_ms / 1000
         return self._quiet.since(quiet_s), self._quiet.since(settle_s), self._joined_at
 
-    def _see_market(self, now: float) -> None:
-        self._seen = (self.perception.market, -1)
-        self._leading = leaders(self._market())
+    def _market_moved(self, now: float) -> bool:
+        """Has any claim changed since the last look?"""
+        if self.perception.market == self._seen_market:
+            return False
+        self._seen_market = self.perception.market
+        self._leading = None
         self._quiet.disturb(now, self.config.settle_ms / 1000)
+        return True
+
+    def _leaders(self) -> dict[Task, Offer]:
+        if self._leading is None:
+            self._leading = leaders(self._market())
+        return self._leading
 
     def _market(self) -> list[Record]:
         model = self.demand.model if self.demand else None
@@ -282,7 +296,7 @@ class Node:
 
     def _won(self) -> dict[Lot, int]:
         claims = self.perception.me.claims
-        leading = self._leading
+        leading = self._leaders()
         return {c.lot: c.copy for c in claims if leading[c.lot, c.copy][1] == self.node_id}
 
     def _elsewhere(self) -> set[Lot]:

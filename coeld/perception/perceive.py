@@ -2,8 +2,9 @@
 
 It keeps the swarm's records and members and turns them into messages to send; it decides nothing
 about lots. Own news is published at once (together, once per step), except marks of the route
-table, which wait for the next heartbeat because nobody waits for them. Two versions count what
-changed: `market` (who bids what) and `supply` (who serves what, at which address).
+table, which wait for the next heartbeat because nobody waits for them. Three versions count what
+changed: `market` (who bids what), `supply` (who serves what, at which address) and `marks` (who
+announces which epoch).
 """
 
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ class Perception:
         self.membership = Membership(config, self._changed)
         self.market = 0
         self.supply = 0
+        self.marks = 0
         self.counters = {"other_swarm": 0, "forged_sender": 0, "twin": 0, "stale": 0}
         self._config = config
         self._rng = rng
@@ -304,6 +306,8 @@ class Perception:
             self.market += 1
         if before is None or _supply(before) != _supply(after):
             self.supply += 1
+        if before is None or _mark(before) != _mark(after):
+            self.marks += 1
 
     def _changed(self, member: Member, before: Status | None) -> None:
         self.supply += 1
@@ -335,6 +339,8 @@ def _supply(record: Record) -> tuple[object, ...]:
         record.data_port,
         record.mqtt_host,
         record.mqtt_port,
-        record.epoch,
-        record.fingerprint,
     )
+
+
+def _mark(record: Record) -> tuple[object, ...]:
+    return record.epoch, record.fingerprint

@@ -6,6 +6,7 @@ covered if it fits, and the right number of missing bytes if it does not.
 """
 
 from coeld.effects import Effect, LoadLots, SwapRoutes
+from coeld.ids import Lot, NodeId
 from coeld.sim.world import Device, World
 
 STALE_S = 32.0
@@ -32,8 +33,8 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
             for owner in owners:
                 other = world.devices[owner]
                 stale_s = world.now - other.left_memory.get(lot, float("-inf"))
-                held = lot in other.serving | other.draining
-                assert held or stale_s < STALE_S, f"a route names {owner}, which has no {lot}"
+                there = lot in other.serving or lot in other.draining
+                assert there or stale_s < STALE_S, f"a route names {owner}, which has no {lot}"
                 if owner == device.id:
                     assert lot in device.serving, "own route to a lot that is not in memory"
 
@@ -78,13 +79,12 @@ def at_rest(world: World) -> None:
     }
     assert len(views) == 1, f"{len(views)} different route tables at rest"
     _, missing_bytes, owners = views.pop()
-    truth: dict[object, list[object]] = {}
+    truth: dict[Lot, list[NodeId]] = {}
     for device in devices:
         for lot in device.serving:
             truth.setdefault(lot, []).append(device.id)
     assert {lot: sorted(nodes) for lot, nodes in owners} == {
-        lot: sorted(nodes)
-        for lot, nodes in truth.items()  # type: ignore[type-var]
+        lot: sorted(nodes) for lot, nodes in truth.items()
     }, "routes differ from what is in memory"
     total = len(world.demand.lots())
     short = max(0, total - capacity_lots(world))

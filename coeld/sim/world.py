@@ -216,7 +216,7 @@ class World:
     def _wake(self, device: Device) -> None:
         """Have a Tick at the node's deadline, a little late as real timers are."""
         node = device.node
-        if node is None or device.tick_at > self.now and device.tick_at <= node.deadline:
+        if node is None or self.now < device.tick_at <= node.deadline:
             return
         at = max(self.now, node.deadline) + self.rng.uniform(0, 0.001)
         device.tick_at = at

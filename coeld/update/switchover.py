@@ -11,6 +11,8 @@ device, and equal content ends under one number without anybody being in charge.
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 from coeld.ids import Lot, NodeId
 from coeld.messages import COUNTER_MAX, Record
@@ -51,11 +53,20 @@ class Switchover:
         owners = self._owners(demand, serving, suspects, winners)
         fingerprint = _fingerprint(demand, owners, addresses, missing_bytes)
         epoch = self._agree(fingerprint, serving)
-        table = RouteTable(demand.model, epoch, owners, addresses, missing_bytes)
+        self.fingerprint = fingerprint
+        return self._swap(RouteTable(demand.model, epoch, owners, addresses, missing_bytes))
+
+    def agree(self, demand: ModelDemand, records: Sequence[Record]) -> RouteTable | None:
+        """The cheaper question when only the epochs of others changed: the table with theirs."""
+        if self.table is None:
+            return None
+        serving = [record for record in records if record.model == demand.model]
+        return self._swap(replace(self.table, epoch=self._agree(self.fingerprint, serving)))
+
+    def _swap(self, table: RouteTable) -> RouteTable | None:
         if table == self.table and not self._resend:
             return None
-        self.table, self.fingerprint, self.epoch = table, fingerprint, epoch
-        self._resend = False
+        self.table, self.epoch, self._resend = table, table.epoch, False
         return table
 
     def _owners(
@@ -74,12 +85,10 @@ class Switchover:
         def order(lot: Lot, node: NodeId) -> tuple[bool, bool, bool, NodeId]:
             return node != self.me, node in suspects, winners.get(lot) != node, node
 
-        return {
-            lot: tuple(sorted(nodes, key=lambda node, lot=lot: order(lot, node)))[  # type: ignore[misc]
-                :OWNERS_PER_LOT_MAX
-            ]
-            for lot, nodes in sorted(found.items())
-        }
+        for lot, nodes in found.items():
+            if len(nodes) > 1:
+                nodes.sort(key=partial(order, lot))
+        return {lot: tuple(nodes[:OWNERS_PER_LOT_MAX]) for lot, nodes in found.items()}
 
     def _agree(self, fingerprint: str, records: Sequence[Record]) -> int:
         same = [r.epoch for r in records if r.fingerprint == fingerprint and r.epoch > self.epoch]
