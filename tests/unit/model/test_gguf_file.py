@@ -218,8 +218,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     with GgufFile(path) as file:
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(BadModelFile, match="became shorter"):
-            for name in file.tensors:
-                file.rows(name)
+            file.rows(max(file.tensors.values(), key=lambda tensor: tensor.offset).name)
 
 
 def test_a_missing_tensor_is_named(tiny_gguf: Path) -> None:

@@ -1,5 +1,6 @@
 """Importing: the right experts, the same hash every time, and nothing half-finished ever."""
 
+import contextlib
 import errno
 import resource
 import signal
@@ -125,7 +126,7 @@ def test_a_file_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
 
 def test_another_architecture_is_unsupported(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", layers=1, architecture="qwen3moe")
-    with pytest.raises(UnsupportedModel, match="'qwen3moe'.*'llama'"):
+    with pytest.raises(UnsupportedModel, match=r"'qwen3moe'.*'llama'"):
         import_gguf(Store(tmp_path / "s"), path, "x", None, quiet)
 
 
@@ -254,7 +255,7 @@ def test_a_disk_that_fills_up_during_the_import_leaves_no_model_and_can_go_on(
 
     def fill(done: int, total: int, what: str) -> None:
         if what == "layer 1" and not ballast.exists():
-            with pytest.raises(OSError, match="No space"), ballast.open("wb", buffering=0) as file:
+            with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while file.write(bytes(4096)):
                     pass
 

@@ -1,4 +1,4 @@
-"""The llama family: shapes that can be run, and everything that would run slightly wrong refused."""
+"""The llama family: what can be run, and that what would run slightly wrong is refused."""
 
 from pathlib import Path
 from typing import Any

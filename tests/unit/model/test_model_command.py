@@ -1,0 +1,103 @@
+"""`coeld model` as a user sees it."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from coeld.errors import ModelError, UnknownModel
+from coeld.model import importer
+from coeld.model.store import Store
+from coeld.ui import model_command
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    model_command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["model", *words])
+    status: int = args.run(args)
+    return status
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COELD_STORE", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_a_file_is_added_listed_and_removed(place: Path, tiny_gguf: Path, capsys: Captured) -> None:
+    assert run("add", str(tiny_gguf), "--name", "mine") == 0
+    said = capsys.readouterr()
+    assert "mine: " in said.out
+    assert "of 8 experts" in said.out
+    assert "try: coeld bench mine" in said.out
+    assert "importing 100 %" in said.err
+
+    assert run("list") == 0
+    assert "mine  " in capsys.readouterr().out
+    assert run("list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [model["name"] for model in listed["installed"]] == ["mine"]
+    assert listed["installed"][0]["experts"] == 8
+    assert "smollm2-135m-instruct" in [model["name"] for model in listed["available"]]
+
+    assert run("rm", "mine") == 0
+    assert Store(place).names() == []
+
+
+def test_without_a_name_a_file_is_called_after_itself(place: Path, tiny_gguf: Path) -> None:
+    path = place.parent / "My Model (Q8).gguf"
+    path.write_bytes(tiny_gguf.read_bytes())
+    assert run("add", str(path)) == 0
+    assert Store(place).names() == ["my-model--q8-"]
+
+
+def test_the_store_can_be_elsewhere(tmp_path: Path, tiny_gguf: Path) -> None:
+    assert run("add", str(tiny_gguf), "--store", str(tmp_path / "other")) == 0
+    assert Store(tmp_path / "other").names() == ["tiny"]
+
+
+@pytest.mark.parametrize("words", [("add", "nothing"), ("rm", "nothing")])
+def test_an_unknown_name_is_an_error(place: Path, words: tuple[str, ...]) -> None:
+    with pytest.raises(UnknownModel, match="'nothing'"):
+        run(*words)
+
+
+def test_a_known_model_keeps_its_name(place: Path) -> None:
+    with pytest.raises(ModelError, match="--name is for files"):
+        run("add", "smollm2-135m-instruct", "--name", "other")
+
+
+def test_a_damaged_model_is_listed_and_can_be_removed(
+    place: Path, tiny_gguf: Path, capsys: Captured
+) -> None:
+    run("add", str(tiny_gguf))
+    (place / "models" / "tiny.json").write_text("{}")
+    assert run("list") == 0
+    assert "DAMAGED" in capsys.readouterr().out
+    assert run("rm", "tiny") == 0
+    assert list((place / "blobs").iterdir()) == []
+
+
+def test_an_interruption_is_reported_without_a_traceback(
+    place: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    def interrupt(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importer, "quantize", interrupt)
+    assert run("add", str(tiny_gguf)) == 130
+    assert "to continue" in capsys.readouterr().err
+    assert Store(place).names() == []
+
+
+def test_a_terminal_gets_a_bar(
+    place: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run("add", str(tiny_gguf)) == 0
+    assert "importing" in capsys.readouterr().err
