@@ -176,16 +176,17 @@ class Swarm:
         60_000,
     )
     silence_ms: int = _key(
-        1500,
-        "Milliseconds without a sign of life after which a device is suspected. At least twice "
-        "the heartbeat.",
+        3000,
+        "Milliseconds without a sign of life after which a device is suspected, when nothing else "
+        "told of its failure. At least twice the heartbeat. Shorter is quicker and accuses busy "
+        "devices more often.",
         100,
         600_000,
     )
     suspicion_ms: int = _key(
-        1500,
+        1000,
         "Milliseconds a suspected device has to object before it counts as dead and its experts "
-        "are given away. Longer forgives stalls, shorter recovers sooner.",
+        "are given away; at least the heartbeat. Longer forgives stalls, shorter recovers sooner.",
         50,
         600_000,
     )
@@ -299,6 +300,11 @@ def _check_across(config: Config) -> None:
         raise ConfigError(
             f"swarm.silence_ms = {swarm.silence_ms}: must be at least twice swarm.heartbeat_ms "
             f"({swarm.heartbeat_ms}), or one lost message looks like a dead device."
+        )
+    if swarm.suspicion_ms < swarm.heartbeat_ms:
+        raise ConfigError(
+            f"swarm.suspicion_ms = {swarm.suspicion_ms}: must be at least swarm.heartbeat_ms "
+            f"({swarm.heartbeat_ms}), or no device could object in time."
         )
     for address in swarm.neighbours:
         split_address("swarm.neighbours", address)

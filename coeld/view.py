@@ -36,4 +36,6 @@ class ModelDemand:
     """Bytes every device that decodes holds besides its lots."""
 
     def lots(self) -> list[Lot]:
-        return [Lot(layer, expert) for layer in range(self.layers) for expert in range(self.experts)]
+        return [
+            Lot(layer, expert) for layer in range(self.layers) for expert in range(self.experts)
+        ]

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from coeld.engine.protocol import LINE_BYTES_MAX, decode, encode
 from coeld.errors import FrameError
+from coeld.ids import NodeId
 
 NICENESS: Final = 5
 """Added to the agent's own."""
@@ -35,7 +36,7 @@ class EngineOptions:
     """What the engine is told on its command line."""
 
     store_dir: Path
-    node: str
+    node: NodeId
     swarm: str
     host: str
     port: int

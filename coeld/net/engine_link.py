@@ -96,7 +96,7 @@ class EngineLink:
         self._emit = emit
         self._process: EngineProcess | None = None
         self._address: tuple[str, int] | None = None
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[str, Answer] = {}
         self._ids = itertools.count(1)
         self._stats: dict[str, Any] = {}
         self._stats_changed = asyncio.Event()
@@ -123,7 +123,7 @@ class EngineLink:
         """
         if self.model is None:
             raise NoModel(f"no model can answer yet: {self.trouble}")
-        number, answer = next(self._ids), Answer()
+        number, answer = str(next(self._ids)), Answer()
         self._answers[number] = answer
         self._send({"op": "generate", "id": number, **request})
         try:

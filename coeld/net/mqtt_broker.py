@@ -291,7 +291,7 @@ class Rules(BaseAuthPlugin, BaseTopicPlugin):  # type: ignore[misc]
         action: Action | None = None,
     ) -> bool:
         if action != Action.SUBSCRIBE:
-            return action == Action.RECEIVE
+            return bool(action == Action.RECEIVE)
         subscriptions: dict[str, list[tuple[Session, int]]] = self.context.subscriptions
         held = sum(
             session == subscriber
