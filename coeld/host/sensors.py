@@ -115,3 +115,7 @@ class Sensors:
             cpu_load_percent=min(100, max(0, round(self._load_percent))),
             kernel_mb_per_s=kernel_mb_per_s,
         )
+
+    def own_rss_bytes(self) -> int:
+        """Resident bytes of this process."""
+        return int(psutil.Process().memory_info().rss)

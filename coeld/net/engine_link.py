@@ -184,7 +184,7 @@ class EngineLink:
     async def _live(self, first: bool) -> None:
         """One engine from start to end."""
         process = await EngineProcess.start(self._options)
-        why = "it closed its socket"
+        why = "it was told to stop"
         try:
             await self._expect_ready(process)
             self._process = process
@@ -193,6 +193,7 @@ class EngineLink:
                 while (event := await process.receive()) is not None:
                     self._handle(event)
                 watcher.cancel()
+                why = "it closed its socket"
         except* FrameError as group_error:
             why = f"it said something that is no message: {group_error.exceptions[0]}"
         except* StartError:
@@ -202,7 +203,7 @@ class EngineLink:
         finally:
             self._process = None
             status = await process.stop()
-            log.warning("the engine has gone: %s (exit status %s)", why, status)
+            log.info("the engine has gone: %s (exit status %s)", why, status)
 
     def _gone(self) -> None:
         for answer in self._answers.values():

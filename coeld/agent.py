@@ -1,0 +1,298 @@
+"""The agent: one asyncio process that carries facts to the node and its decisions into the world.
+
+Everything that happens (messages, engine, sensors, timers) goes through one inbox to `Node.step`,
+and everything the node wants is performed in one place, `_perform`. The order of start and stop is
+the order of the lines in `run`: state directory, control bus, local socket, engine; and on SIGTERM
+a goodbye to the swarm first, so that others take over while we clean up.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import platform
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
+from random import Random
+from typing import Any, Final, assert_never
+
+from coeld import __version__
+from coeld.api import listen
+from coeld.api.serve import serve
+from coeld.api.server import Api
+from coeld.config import Config, broker_address, split_address
+from coeld.effects import Connect, DropLots, Effect, LoadLots, Publish, Report, Send, SwapRoutes
+from coeld.events import EngineStarted, Event, MessageReceived, ResourcesSampled, Tick
+from coeld.host import state_dir
+from coeld.host.engine_process import ENGINE_COMMAND, EngineOptions
+from coeld.host.notify import notify
+from coeld.host.places import Places, places
+from coeld.host.sensors import Sensors
+from coeld.net.engine_link import Answer, EngineLink
+from coeld.net.mqtt import BusOptions, ControlBus
+from coeld.node import Node, NodeConfig
+
+INBOX_MAX: Final = 4096
+"""Messages that wait for the node; more are dropped, gossip repeats them."""
+SAMPLE_S: Final = 2.0
+GOODBYE_S: Final = 0.1
+"""For the goodbye to leave our sockets before they close."""
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """Everything one daemon owns. `run` it once."""
+
+    def __init__(
+        self, config: Config, where: Places, engine_command: tuple[str, ...] = ENGINE_COMMAND
+    ) -> None:
+        self._config = config
+        self._where = where
+        self._engine_command = engine_command
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._dropped = 0
+        self._stop = asyncio.Event()
+        self._rng = Random()
+        self._sensors = Sensors(config.memory.budget_mb)
+        self._clock = asyncio.get_running_loop().time
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT. Raises StartError when it cannot start."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        with state_dir.locked(self._where.state_dir):
+            self._identity = state_dir.next_identity(self._where.state_dir)
+            if self._identity.renewed:
+                log.warning("the identity was damaged: this device is a new one for the swarm")
+            self._bus = ControlBus(self._bus_options(), self._deliver, self._rng)
+            with self._listening() as sockets:
+                await self._bus.start()
+                self._node = self._make_node()
+                self._engine = EngineLink(
+                    self._engine_options(), self._config.model.name, self._deliver
+                )
+                self._api = Api(self)
+                try:
+                    await self._run_parts(sockets)
+                finally:
+                    notify("STOPPING=1")
+
+    async def _run_parts(self, sockets: list[socket.socket]) -> None:
+        parts = {
+            "bus": self._bus.run(),
+            "engine": self._engine.run(),
+            "api": serve(self._api.app, sockets),
+            "node": self._drive_node(),
+            "sensors": self._sample(),
+        }
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(part, name=name) for name, part in parts.items()]
+            if self._config.swarm.discovery == "mdns" and not self._config.swarm.brokers:
+                tasks.append(group.create_task(self._discover(), name="discovery"))
+            log.info(
+                "coeld %s: device %s listens on %s",
+                __version__,
+                self._identity.node,
+                self._where.socket,
+            )
+            notify("READY=1")
+            await self._stop.wait()
+            await self._say_goodbye()
+            for task in tasks:
+                task.cancel()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[list[socket.socket]]:
+        """The API's sockets: systemd's, or our own, which go away again."""
+        own = []
+        sockets = listen.inherited_sockets()
+        try:
+            if not sockets:
+                own = [listen.open_unix(self._where.socket)]
+                sockets += own
+            if self._config.api.tcp_port:
+                sockets.append(listen.open_tcp(self._config.api.tcp_port))
+            yield sockets
+        finally:
+            for sock in sockets:
+                sock.close()
+            if own:
+                self._where.socket.unlink(missing_ok=True)
+
+    # The node
+
+    def _deliver(self, event: Event) -> None:
+        """Anything that happened. Messages of others may be dropped, what we did ourselves not."""
+        if isinstance(event, MessageReceived) and self._inbox.qsize() >= INBOX_MAX:
+            self._dropped += 1
+            return
+        if isinstance(event, EngineStarted):  # its speed comes before what it makes possible
+            self._inbox.put_nowait(self._resources())
+        self._inbox.put_nowait(event)
+
+    def _resources(self) -> ResourcesSampled:
+        return ResourcesSampled(self._sensors.sample(self._engine.kernel_mb_per_s))
+
+    async def _drive_node(self) -> None:
+        while True:
+            for effect in self._node.step(await self._next_event(), self._clock()):
+                await self._perform(effect)
+
+    async def _next_event(self) -> Event:
+        """The next thing that happened, or Tick when the node's deadline comes first."""
+        wait_s = self._node.deadline - self._clock()
+        if wait_s <= 0:
+            await asyncio.sleep(0)
+            return Tick() if self._inbox.empty() else self._inbox.get_nowait()
+        try:
+            async with asyncio.timeout(wait_s):
+                return await self._inbox.get()
+        except TimeoutError:
+            return Tick()
+
+    async def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Publish(message):
+                await self._bus.publish(message)
+            case Send(to, message):
+                await self._bus.send(to, message)
+            case Connect(node, host, port):
+                self._bus.connect(node, host, port)
+            case LoadLots(lots):
+                self._engine.load(lots)
+            case DropLots(lots):
+                self._engine.drop(lots)
+            case SwapRoutes(table):
+                self._engine.routes(table, self._identity.node)
+            case Report(text):
+                log.info("%s", text)
+            case _:
+                assert_never(effect)
+
+    async def _sample(self) -> None:
+        while True:
+            self._deliver(self._resources())
+            await asyncio.sleep(SAMPLE_S)
+
+    async def _discover(self) -> None:
+        from coeld.net.discovery import discover  # zeroconf costs 4 MB
+
+        await discover(
+            self._identity.node,
+            self._config.swarm.name,
+            (self._config.network.host, self._bus.port),
+            self._bus.connect,
+        )
+
+    async def _say_goodbye(self) -> None:
+        notify("STOPPING=1")
+        for effect in self._node.leave():
+            await self._perform(effect)
+        await asyncio.sleep(GOODBYE_S)
+
+    # What the API asks (coeld.api.server.Answering)
+
+    def model(self) -> tuple[str, int] | None:
+        found = self._engine.model
+        return (found.name, self._engine.context_tokens) if found else None
+
+    def trouble(self) -> str:
+        return self._engine.trouble
+
+    def generate(self, request: dict[str, Any]) -> AbstractAsyncContextManager[Answer]:
+        return self._engine.generate(request)
+
+    async def status(self) -> dict[str, Any]:
+        memory = self._sensors.at_start
+        return {
+            "versions": {"coeld": __version__, "python": platform.python_version()},
+            "node": self._node.status(),
+            "engine": {
+                "pid": self._engine.pid,
+                "model": self._engine.model.name if self._engine.model else None,
+                "trouble": self._engine.trouble,
+                "restarts": self._engine.restarts,
+                "context_tokens": self._engine.context_tokens,
+                "stats": await self._engine.stats(),
+            },
+            "bus": self._bus.status() | {"inbox_dropped": self._dropped},
+            "agent": {
+                "pid": os.getpid(),
+                "rss_bytes": self._sensors.own_rss_bytes(),
+                "memory_total_bytes": memory.total_bytes,
+                "budget_is_measured": self._sensors.budget_is_measured,
+                "state_dir": str(self._where.state_dir),
+                "store_dir": str(self._where.store_dir),
+                "socket": str(self._where.socket),
+            },
+        }
+
+    # Configuration to parts
+
+    def _bus_options(self) -> BusOptions:
+        swarm, network = self._config.swarm, self._config.network
+        return BusOptions(
+            swarm=swarm.name,
+            me=self._identity.node,
+            incarnation=self._identity.incarnation,
+            host=network.host,
+            port=network.mqtt_port,
+            seeds=tuple(split_address("swarm.neighbours", text) for text in swarm.neighbours),
+            brokers=tuple(broker_address(url) for url in swarm.brokers),
+        )
+
+    def _make_node(self) -> Node:
+        swarm = self._config.swarm
+        config = NodeConfig(
+            swarm=swarm.name,
+            name=(self._config.device.name or socket.gethostname())[:64],
+            mqtt_host="" if swarm.brokers else self._config.network.host,
+            mqtt_port=self._bus.port or None,
+            heartbeat_ms=swarm.heartbeat_ms,
+            silence_ms=swarm.silence_ms,
+            suspicion_ms=swarm.suspicion_ms,
+        )
+        return Node(self._identity.node, self._identity.incarnation, config, self._rng)
+
+    def _engine_options(self) -> EngineOptions:
+        engine = self._config.engine
+        return EngineOptions(
+            store_dir=self._where.store_dir,
+            node=self._identity.node,
+            swarm=self._config.swarm.name,
+            host=self._config.network.host,
+            port=self._config.network.data_port,
+            threads=engine.threads or os.cpu_count() or 1,
+            context_tokens=engine.context_tokens,
+            requests_max=engine.requests_max,
+            call_deadline_ms=engine.call_deadline_ms,
+            patience_s=engine.patience_s,
+            command=self._engine_command,
+        )
+
+
+def up(config: Config, engine_command: tuple[str, ...] = ENGINE_COMMAND) -> None:
+    """Run a device in the foreground until it is told to stop. Raises StartError."""
+
+    async def main() -> None:
+        await Agent(config, places(config), engine_command).run()
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for name in ("uvicorn", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        asyncio.run(main())
+    except BaseExceptionGroup as group:
+        raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that ended a task group, out of its wrappings."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

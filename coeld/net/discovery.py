@@ -1,0 +1,102 @@
+"""Neighbours on the local network: announce this device over mDNS and listen for others.
+
+Service type `_coeld._tcp.local.`, one instance per device named by its node id, with the swarm in a
+TXT record. A device bound to loopback announces itself on loopback only. Without multicast (some
+containers, some networks) there is a warning and the configured neighbours still work.
+"""
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from zeroconf import IPVersion, ServiceStateChange, Zeroconf
+from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
+
+from coeld.config import is_loopback
+from coeld.ids import NodeId
+from coeld.net.mqtt_topics import NODE_ID
+
+SERVICE: Final = "_coeld._tcp.local."
+RESOLVE_MS: Final = 2000
+FOUND_MAX: Final = 256
+"""Devices resolved in one run; bounds what a noisy network can cost."""
+
+log = logging.getLogger(__name__)
+
+
+async def discover(
+    me: NodeId,
+    swarm: str,
+    mqtt_address: tuple[str, int],
+    found: Callable[[NodeId, str, int], None],
+) -> None:
+    """Announce and browse until cancelled; `found` gets node, host and MQTT port of others."""
+    host, port = mqtt_address
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        zeroconf = AsyncZeroconf(
+            interfaces=[str(address)] if is_loopback(host) or address.version == 4 else ["::"],
+            ip_version=IPVersion.V4Only if address.version == 4 else IPVersion.V6Only,
+        )
+    except (OSError, ValueError) as exc:
+        _warn(exc)
+        return
+    finder = _Finder(me, swarm, found)
+    browser = None
+    try:
+        info = AsyncServiceInfo(
+            SERVICE,
+            f"{me}.{SERVICE}",
+            port=port,
+            properties={"swarm": swarm},
+            addresses=[address.packed],
+            server=f"coeld-{me}.local.",
+        )
+        await zeroconf.async_register_service(info)
+        browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[finder.changed])
+        await finder.resolve_all()
+    except OSError as exc:
+        _warn(exc)
+    finally:
+        if browser:
+            await browser.async_cancel()
+        await zeroconf.async_unregister_all_services()
+        await zeroconf.async_close()
+
+
+def _warn(exc: Exception) -> None:
+    log.warning(
+        "devices on the local network cannot be discovered (%s); name them in swarm.neighbours",
+        exc,
+    )
+
+
+class _Finder:
+    """Resolves the names that the browser sees, one after the other."""
+
+    def __init__(self, me: NodeId, swarm: str, found: Callable[[NodeId, str, int], None]) -> None:
+        self._me, self._swarm, self._found = me, swarm, found
+        self._names: asyncio.Queue[tuple[Zeroconf, str]] = asyncio.Queue(FOUND_MAX)
+
+    def changed(
+        self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
+    ) -> None:
+        gone = state_change is ServiceStateChange.Removed
+        if not gone and service_type == SERVICE and not self._names.full():
+            self._names.put_nowait((zeroconf, name))
+
+    async def resolve_all(self) -> None:
+        while True:
+            zeroconf, name = await self._names.get()
+            node = name.removesuffix(f".{SERVICE}")
+            if node == self._me or not NODE_ID.match(node):
+                continue
+            info = AsyncServiceInfo(SERVICE, name)
+            if not await info.async_request(zeroconf, RESOLVE_MS):
+                continue
+            if (info.properties or {}).get(b"swarm") != self._swarm.encode() or not info.port:
+                continue
+            for host in info.parsed_addresses()[:2]:
+                self._found(NodeId(node), host, info.port)
