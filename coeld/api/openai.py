@@ -126,7 +126,8 @@ def _clean(text: str, where: str) -> str:
 
 
 def _sampling(value: dict[str, Any]) -> dict[str, Any]:
-    name = "max_completion_tokens" if value.get("max_completion_tokens") else "max_tokens"
+    newer = value.get("max_completion_tokens") is not None
+    name = "max_completion_tokens" if newer else "max_tokens"
     return {
         "max_tokens": _integer(value, name, None, 1, TOKENS_MAX),
         "temperature": _number(value, "temperature", 1.0, 0.0, 2.0),

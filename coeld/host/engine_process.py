@@ -91,7 +91,7 @@ class EngineProcess:
             except BaseException:
                 ours.close()
                 raise
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(OSError):  # it has ended already, or a sandbox forbids it
             nice = os.getpriority(os.PRIO_PROCESS, 0) + NICENESS
             os.setpriority(os.PRIO_PROCESS, process.pid, min(nice, 19))
         reader, writer = await asyncio.open_connection(sock=ours, limit=LINE_BYTES_MAX)

@@ -70,11 +70,12 @@ class Link:
             try:
                 await self._listen()
             except aiomqtt.MqttError as exc:
-                if not complained:
-                    log.info("no connection to the MQTT broker %s:%s: %s", *self.address, exc)
+                if self.up or not complained:
+                    what = "lost" if self.up else "no"
+                    log.info("%s connection to the MQTT broker %s:%s: %s", what, *self.address, exc)
                     complained = True
             if self.up:
-                self.up, complained = False, False
+                self.up = False
                 self.down_since = clock()
                 self._on_down(self)
             if clock() - began > STEADY_S:
