@@ -55,7 +55,7 @@ class Peers:
         self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
 
     def call(self, node, address, layer, experts, x):
-        self.asked.append((node, tuple(experts)))
+        self.asked.append((node, tuple(sorted(experts))))
         fault = self.faults[node].pop(0) if self.faults.get(node) else None
         if isinstance(fault, PeerGone):
             raise fault
@@ -129,6 +129,16 @@ def test_each_owner_gets_one_call_with_all_of_its_experts() -> None:
     peers = Peers(owners)
     dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, request())
     assert peers.asked == [(NODES[0], (0, 1, 2)), (NODES[1], (3, 4, 5))]
+
+
+def test_one_device_that_serves_the_whole_layer_is_preferred_to_several() -> None:
+    owners = {NODES[0]: {0, 1, 2}, NODES[1]: set(range(EXPERTS))}
+    peers = Peers(owners)
+    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, request())
+    assert peers.asked == [(NODES[1], tuple(range(EXPERTS)))]
+    peers.asked.clear()
+    dispatcher(Runner(set(range(EXPERTS))), peers, routes(owners)).run(0, X, request())
+    assert peers.asked == []
 
 
 def test_a_replica_is_asked_at_once_when_the_owner_fails() -> None:

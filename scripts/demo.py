@@ -1,0 +1,338 @@
+"""The demo: separate daemons on loopback organise themselves, answer, lose one, and go on.
+
+Every device gets a memory budget that cannot hold the whole model; all but one can. With two
+devices the survivor alone cannot hold it, so there the killed device is started again at once and
+the answer waits for it.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coeld.model.store import Store
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "smollm2-135m-instruct"
+COELD = Path(sys.executable).with_name("coeld")
+ORGANISE_S_MAX = 30.0
+SILENCE_S_MAX = 3.0
+ANSWER_TOKENS = 160
+KILL_AT_TOKEN = 25
+
+
+class Failed(Exception):  # noqa: N818 - reads as "the demo failed"
+    """The demo did not show what it promises."""
+
+
+@dataclass
+class Device:
+    """One daemon: its folder, its socket, its process."""
+
+    number: int
+    folder: Path
+    process: subprocess.Popen[bytes] | None = None
+    commands: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"device-{self.number}"
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "api.sock"
+
+    def configure(self, mqtt_port: int, seed_port: int, budget_mb: int, threads: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        neighbours = [] if seed_port == mqtt_port else [f"127.0.0.1:{seed_port}"]
+        (self.folder / "agent.toml").write_text(
+            f"""
+[device]
+name = "{self.name}"
+state_dir = "{self.folder}/state"
+store_dir = "{os.environ["COELD_STORE"]}"
+[memory]
+budget_mb = {budget_mb}
+[engine]
+threads = {threads}
+[model]
+name = "{MODEL}"
+[api]
+socket = "{self.socket}"
+[network]
+mqtt_port = {mqtt_port}
+[swarm]
+name = "demo"
+neighbours = {json.dumps(neighbours)}
+discovery = "off"
+"""
+        )
+
+    def start(self) -> None:
+        log = (self.folder / "log.txt").open("ab")
+        with log:
+            self.process = subprocess.Popen(
+                [COELD, "up", "--config", self.folder / "agent.toml"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # so that agent and engine can be killed together
+            )
+
+    def status(self) -> dict[str, Any] | None:
+        try:
+            return request(self.socket, "GET", "/status")
+        except (OSError, http.client.HTTPException, ValueError):
+            return None
+
+    def kill(self) -> None:
+        """kill -9 of agent and engine: the plug is pulled."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                raise Failed(f"{self.name} did not stop within 5 s") from None
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=60)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def request(path: Path, method: str, target: str) -> dict[str, Any]:
+    with contextlib.closing(UnixConnection(path)) as connection:
+        connection.request(method, target)
+        value: dict[str, Any] = json.loads(connection.getresponse().read())
+        return value
+
+
+def stream(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
+    """The chunks of a streamed chat completion."""
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with contextlib.closing(UnixConnection(path)) as connection:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise Failed(f"the request was refused: {response.read().decode()}")
+        for line in response:
+            if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
+                chunk = json.loads(line[6:])
+                if "error" in chunk:
+                    raise Failed(f"the answer broke off: {chunk['error']['message']}")
+                yield chunk
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)
+
+
+def ask(device: Device, prompt: str, at_token: int = -1, then: Any = None) -> str:
+    """Stream an answer to the terminal; call `then` after `at_token` pieces. Returns the text."""
+    say(f'\n\033[1m> coeld ask "{prompt}"\033[0m   (through {device.name})')
+    text, reason, usage, pieces, silence_s = "", None, {}, 0, 0.0
+    last = time.monotonic()
+    for chunk in stream(device.socket, prompt):
+        now = time.monotonic()
+        if pieces:
+            silence_s = max(silence_s, now - last)
+        last = now
+        usage = chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            reason = choice["finish_reason"] or reason
+            piece = choice["delta"].get("content") or ""
+            text += piece
+            print(piece, end="", flush=True)
+            pieces += bool(piece)
+            if piece and pieces == at_token:
+                then()
+                last = time.monotonic()
+    if reason not in ("stop", "length") or not text:
+        raise Failed(f"the answer is incomplete (finish_reason {reason})")
+    speed = usage.get("x_coeld", {}).get("decode_tokens_per_s", "?")
+    say(
+        f"\n\033[2m[{usage.get('completion_tokens')} tokens, {speed} tok/s, complete: {reason}, "
+        f"longest silence {silence_s:.2f} s]\033[0m"
+    )
+    if at_token > 0 and pieces <= at_token:
+        raise Failed("the answer ended before the device was killed: use a longer --prompt")
+    if silence_s > SILENCE_S_MAX and at_token < 0:
+        raise Failed(f"{silence_s:.1f} s of silence without a fault")
+    return text
+
+
+def settled(devices: list[Device], members: int) -> bool:
+    """Everybody sees `members` devices, everything is covered, all agree on the routes."""
+    views = [device.status() for device in devices]
+    prints = set()
+    for view in views:
+        if view is None or view["routes"]["covered"] != view["routes"]["total"]:
+            return False
+        alive = [m for m in view["members"] if m["status"] == "alive"]
+        if view["routes"]["total"] == 0 or len(alive) != members:
+            return False
+        prints.add(view["routes"]["fingerprint"])
+    return len(prints) == 1
+
+
+def wait_settled(devices: list[Device], members: int, since: float) -> float:
+    while time.monotonic() - since < ORGANISE_S_MAX:
+        if settled(devices, members):
+            return time.monotonic() - since
+        if any(device.process and device.process.poll() is not None for device in devices):
+            break
+        time.sleep(0.05)
+    logs = devices[0].folder.parent / "*/log.txt"
+    raise Failed(f"the devices did not organise themselves: see {logs}")
+
+
+def owned_bytes(device: Device, devices: list[Device]) -> int:
+    """How many lots this device serves, by its own account."""
+    status = device.status() or {}
+    me = status.get("me")
+    return sum(m["serving"] for m in status.get("members", []) if m["node"] == me)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def budget_mb(count: int) -> int:
+    """Whole megabytes with which all devices but one hold the model, and one alone does not."""
+    manifest = Store(Path(os.environ["COELD_STORE"])).manifest(MODEL)
+    experts = manifest.weights_bytes - manifest.trunk_bytes
+    share = experts * 0.6 if count == 2 else experts * 1.02 / (count - 1)
+    return int((manifest.trunk_bytes + share) / 1e6) + 1
+
+
+def prepare(arguments: argparse.Namespace) -> list[Device]:
+    if MODEL not in Store(Path(os.environ["COELD_STORE"])).names():
+        subprocess.run([COELD, "model", "add", MODEL], check=True)
+    folder = ROOT / ".demo"
+    devices = [Device(n + 1, folder / f"device-{n + 1}") for n in range(arguments.devices)]
+    for device in devices:
+        shutil.rmtree(device.folder, ignore_errors=True)
+    ports = free_ports(len(devices))
+    size, threads = budget_mb(len(devices)), max(1, (os.cpu_count() or 1) // len(devices))
+    for device, port in zip(devices, ports, strict=True):
+        device.configure(port, ports[0], size, threads)
+    manifest = Store(Path(os.environ["COELD_STORE"])).manifest(MODEL)
+    say(
+        f"\n{len(devices)} devices, each with a budget of {size} MB; the model has "
+        f"{manifest.weights_bytes / 1e6:.0f} MB of weights, {manifest.trunk_bytes / 1e6:.0f} MB of "
+        "them needed by every device that decodes."
+    )
+    return devices
+
+
+def show(device: Device) -> None:
+    subprocess.run([COELD, "status", "--socket", device.socket], check=True)
+
+
+def play(devices: list[Device], arguments: argparse.Namespace) -> None:
+    started = time.monotonic()
+    for device in devices:
+        device.start()
+    took_s = wait_settled(devices, len(devices), started)
+    say(f"They organised themselves in {took_s:.1f} s.")
+    show(devices[0])
+    ask(devices[0], arguments.prompt)
+
+    victim = max(devices, key=lambda device: owned_bytes(device, devices))
+    asker = next(device for device in devices if device is not victim)
+    others = [device for device in devices if device is not victim]
+    killed_at = 0.0
+
+    def pull_the_plug() -> None:
+        nonlocal killed_at
+        victim.kill()
+        killed_at = time.monotonic()
+        print(f"\033[31m <kill -9 {victim.name}> \033[0m", end="", flush=True)
+        if len(devices) == 2:  # one device alone cannot hold the model: the answer waits for it
+            victim.start()
+
+    ask(asker, arguments.prompt, KILL_AT_TOKEN, pull_the_plug)
+    alive = devices if len(devices) == 2 else others
+    took_s = wait_settled(alive, len(alive), killed_at)
+    say(f"\n{victim.name} was killed in mid-answer; {took_s:.1f} s later everything had an owner.")
+    show(asker)
+    if arguments.keep:
+        keep(devices, victim)
+
+
+def keep(devices: list[Device], victim: Device) -> None:
+    if victim.process is not None and victim.process.poll() is not None:
+        victim.start()
+    say("\nThe devices keep running until you press Ctrl-C. Try, in another terminal:")
+    path = devices[0].socket
+    for command in (
+        f'{COELD} ask --socket {path} "Why is the sky blue?"',
+        f"{COELD} status --socket {path}",
+        f"curl --unix-socket {path} http://localhost/v1/models",
+        f"tail -f {devices[0].folder.parent}/*/log.txt",
+    ):
+        say(f"  {command}")
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.pause()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--devices", type=int, default=3, choices=range(2, 9), metavar="2-8")
+    parser.add_argument("--prompt", default="Explain in a few sentences why the sky is blue.")
+    parser.add_argument("--keep", action="store_true", help="leave it running")
+    arguments = parser.parse_args()
+    os.environ.setdefault("COELD_STORE", str(ROOT / ".demo" / "store"))
+    devices: list[Device] = []
+    try:
+        devices = prepare(arguments)
+        play(devices, arguments)
+    except (Failed, subprocess.CalledProcessError) as exc:
+        say(f"\n\033[31mThe demo failed: {exc}\033[0m")
+        return 1
+    finally:
+        for device in devices:
+            device.stop()
+    say("\nAll devices have stopped. Both answers were complete.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The imported real model against a slow fp32 reference that reads the same GGUF by itself.
+
+What may differ: weights rounded once more to int8, activations rounded to int8 per block.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coeld.engine.measure import ME, NoPeers, logits_of, perplexity
+from coeld.engine.open_model import OpenModel
+from coeld.errors import BadRequest
+from coeld.ids import NodeId
+from coeld.model.catalogue import find
+from coeld.model.fetch import fetched
+from coeld.model.store import Store
+from tests.conftest import REAL_MODEL
+from tests.harness.engine import swarm_of
+from tests.reference import gguf_numpy
+
+pytestmark = pytest.mark.model
+TEXT = Path(__file__).with_name("text.txt").read_text()
+PROMPTS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "How many legs does a spider have?",
+    "Explain what a magnet does.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Romeo and Juliet?",
+    "What is two plus two?",
+    "Describe a cat in a few words.",
+    "Why do leaves fall in autumn?",
+]
+
+
+@pytest.fixture(scope="module")
+def model(real_store) -> OpenModel:
+    manifest = real_store.manifest(REAL_MODEL)
+    opened = OpenModel(manifest, real_store, me=ME, peers=NoPeers(), context_tokens=512)
+    opened.hold_everything()
+    return opened
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, real_store) -> gguf_numpy.Reference:
+    store = Store(tmp_path_factory.mktemp("download"))
+    with store.lock(), fetched(store, find(REAL_MODEL), lambda *_progress: None) as path:
+        return gguf_numpy.load(path)
+
+
+def log_softmax(logits):
+    wide = logits.astype(np.float64)
+    wide -= wide.max(-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+
+
+def test_logits_agree_with_the_reference_over_512_tokens(model, reference) -> None:
+    tokens = model.text.encode(TEXT)[:512]
+    assert len(tokens) == 512
+    expected = log_softmax(reference.logits(tokens))
+    found = log_softmax(logits_of(model, tokens, range(512)))
+    top1 = float((found.argmax(-1) == expected.argmax(-1)).mean())
+    kl = float((np.exp(expected) * (expected - found)).sum(-1).mean())
+    print(f"top-1 agreement {top1:.4f}, mean KL {kl:.5f}")
+    assert top1 >= 0.97
+    assert kl <= 0.01
+
+
+def test_perplexity_is_that_of_the_reference(model, reference) -> None:
+    """The same windows and the same scored tokens, computed the obvious way."""
+    tokens = model.text.encode(TEXT)[:512]
+    losses = []
+    for window in (tokens[:256], tokens[256:512]):
+        logs = log_softmax(reference.logits(window))
+        losses += [-logs[at, window[at + 1]] for at in range(128, 255)]
+    expected = float(np.exp(np.mean(losses)))
+    found, _error, scored = perplexity(model, tokens, 256, 2, lambda *_progress: None)
+    print(f"perplexity {found:.4f}, reference {expected:.4f}")
+    assert scored == len(losses)
+    assert abs(found / expected - 1) < 0.015
+
+
+def test_perplexity_of_too_short_a_text_says_how_many_tokens_there_are(model) -> None:
+    with pytest.raises(BadRequest, match="has 3 tokens"):
+        perplexity(model, [1, 2, 3], 256, 2, lambda *_progress: None)
+
+
+def test_three_devices_say_what_one_device_says(real_store) -> None:
+    """64 greedy tokens of ten prompts; a near-tie may flip one of them, no more."""
+    manifest = real_store.manifest(REAL_MODEL)
+    lots = manifest.demand().lots()
+    nodes = [NodeId(letter * 16) for letter in "abc"]
+    # Uneven shares that cut through layers, so that every layer is local, split or remote.
+    shares = {nodes[0]: lots[:75], nodes[1]: lots[75:171], nodes[2]: lots[171:]}
+    alone = swarm_of(real_store.root, manifest, {nodes[0]: lots})
+    three = swarm_of(real_store.root, manifest, shares)
+    try:
+        same = 0
+        for index, prompt in enumerate(PROMPTS):
+            asked = {"prompt": prompt, "max_tokens": 64}
+            one, _done = alone[nodes[0]].answer(f"one {index}", **asked)
+            many, done = three[nodes[index % 3]].answer(f"many {index}", **asked)
+            assert done["ev"] == "done", done
+            same += one == many
+        print(f"{same} of {len(PROMPTS)} answers are the same")
+        assert same >= 9
+    finally:
+        for engine in [*alone.values(), *three.values()]:
+            engine.close()

@@ -1,0 +1,85 @@
+"""Drives a real engine process from the agent's end of the socket pair."""
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from coeld.ids import Lot
+from coeld.model.manifest import Manifest
+from coeld.routes import RouteTable
+
+NODE = "a" * 16
+
+
+class Engine:
+    """An engine process, spoken to as its agent would."""
+
+    def __init__(self, store: Path, port: int = 0, node: str = NODE, context: int = 256) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = {
+                "fd": theirs.fileno(), "store": store, "node": node, "swarm": "s",
+                "host": "127.0.0.1", "port": port, "threads": 1, "context": context,
+                "requests-max": 2, "call-deadline-ms": 500, "patience-s": 0.5,
+            }  # fmt: skip
+            command = [sys.executable, "-m", "coeld.engine"]
+            command += [word for k, v in arguments.items() for word in (f"--{k}", str(v))]
+            self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+        ours.settimeout(60)
+        self.sock = ours
+        self.file = ours.makefile("rwb")
+
+    def say(self, op: str, **fields) -> None:
+        self.file.write(json.dumps({"op": op, **fields}).encode() + b"\n")
+        self.file.flush()
+
+    def hear(self, *events: str) -> dict:
+        """The next message of one of these kinds."""
+        for line in self.file:
+            message = json.loads(line)
+            if message["ev"] in events:
+                return message
+        raise EOFError
+
+    def generate(self, ident: str, **fields) -> None:
+        usual = {
+            "max_tokens": 8, "temperature": 0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": []
+        }  # fmt: skip
+        self.say("generate", id=ident, **{"prompt": "the", **usual, **fields})
+
+    def close(self) -> int:
+        self.file.close()
+        self.sock.close()
+        return self.process.wait(2)
+
+    def answer(self, ident: str, **fields) -> tuple[str, dict]:
+        """The text of an answer, and its last message."""
+        self.generate(ident, **fields)
+        words = []
+        while (message := self.hear("token", "done", "error"))["ev"] == "token":
+            words.append(message["text"])
+        return "".join(words), message
+
+
+def swarm_of(
+    store: Path, manifest: Manifest, shares: Mapping[str, Sequence[Lot]]
+) -> dict[str, Engine]:
+    """Engines, one per node of `shares`, each with its lots loaded and everybody's routes."""
+    engines = {node: Engine(store, node=node) for node in shares}
+    ports = {node: engine.hear("ready")["data_port"] for node, engine in engines.items()}
+    table = RouteTable(
+        manifest.hash,
+        1,
+        {lot: (node,) for node, lots in shares.items() for lot in lots},
+        {node: ("127.0.0.1", port) for node, port in ports.items()},
+    ).to_json()
+    for node, engine in engines.items():
+        engine.say("open", model=manifest.name)
+        engine.hear("opened")
+        engine.say("load", lots=shares[node])
+        engine.hear("loaded")
+        engine.say("routes", table=table)
+    return engines
