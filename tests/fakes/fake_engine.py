@@ -107,6 +107,7 @@ class FakeEngine:
         elif mode == "flood":
             for _ in range(5000):
                 self.say("token", id=ident, text="x" * 200)
+            self.requests[ident] = Job(mode, message, [])
         else:
             self.requests[ident] = Job(mode, message, words)
 

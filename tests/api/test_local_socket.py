@@ -1,0 +1,252 @@
+"""The API as a program sees it: a real agent, a real unix socket, a fake engine behind it."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.agents import Device, UnixConnection, running, serving
+from tests.fakes.fake_model import install
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+    folder = tmp_path_factory.mktemp("api")
+    install(folder / "store")
+    one = Device(folder / "one", folder / "store")
+    with running(one):
+        one.wait(serving)
+        yield one
+
+
+def chat(text: str, **fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]} | fields
+
+
+def events(device: Device, body: dict[str, Any], target: str = "/v1/chat/completions") -> list[Any]:
+    with contextlib.closing(UnixConnection(device.socket)) as connection:
+        connection.request("POST", target, json.dumps(body | {"stream": True}))
+        response = connection.getresponse()
+        assert response.status == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.read().split(b"\n\n") if line]
+    assert all(line.startswith(b"data: ") for line in lines)
+    found = [line.removeprefix(b"data: ") for line in lines]
+    return [json.loads(line) if line.startswith(b"{") else line for line in found]
+
+
+def engine_requests(device: Device, count: int, cancelled: int) -> None:
+    """Wait until the engine runs `count` requests and has seen at least `cancelled` cancels."""
+
+    def wanted(status: dict[str, Any]) -> bool:
+        stats = status["engine"]["stats"]
+        return stats["requests"] == count and stats["cancelled"] >= cancelled
+
+    device.wait(wanted, 10)
+
+
+def cancelled_so_far(device: Device) -> int:
+    status = device.status()
+    assert status
+    return int(status["engine"]["stats"]["cancelled"])
+
+
+def test_models_are_listed_and_looked_up(device: Device) -> None:
+    status, models = device.request("GET", "/v1/models")
+    assert (status, [model["id"] for model in models["data"]]) == (200, ["tiny"])
+    assert device.request("GET", "/v1/models/tiny")[1]["object"] == "model"
+    status, answer = device.request("GET", "/v1/models/gpt-5")
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_chat_is_answered(device: Device) -> None:
+    status, answer = device.request("POST", "/v1/chat/completions", chat("hello world"))
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == "you said: hello world "
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_a_text_is_continued_up_to_max_tokens(device: Device) -> None:
+    body = {"prompt": "a b c d", "max_tokens": 2, "model": "tiny"}
+    status, answer = device.request("POST", "/v1/completions", body)
+    assert (status, answer["choices"][0]["text"]) == (200, "you said: ")
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_sampling_reaches_the_engine(device: Device) -> None:
+    body = chat("echo", temperature=0.25, top_p=0.5, top_k=7, seed=3, stop=["x"], max_tokens=9)
+    _, answer = device.request("POST", "/v1/chat/completions", body)
+    order = json.loads(answer["choices"][0]["message"]["content"])
+    assert [order[name] for name in ("temperature", "top_p", "top_k", "seed", "stop")] == [
+        0.25,
+        0.5,
+        7,
+        3,
+        ["x"],
+    ]
+
+
+def test_a_streamed_chat_is_what_openai_clients_expect(device: Device) -> None:
+    first, *middle, last, usage, end = events(
+        device, chat("hello world", stream_options={"include_usage": True})
+    )
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    text = "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle)
+    assert text == "you said: hello world "
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
+    assert (usage["choices"], usage["usage"]["total_tokens"]) == ([], 11)
+    assert end == b"[DONE]"
+    assert len({chunk["id"] for chunk in (first, *middle, last, usage)}) == 1
+
+
+def test_a_streamed_text_ends_with_done(device: Device) -> None:
+    *chunks, end = events(device, {"prompt": "x y"}, "/v1/completions")
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "you said: x y "
+    assert end == b"[DONE]"
+
+
+def test_an_error_before_the_first_token_is_an_http_error_streamed_or_not(device: Device) -> None:
+    for stream in (False, True):
+        body = chat("uncovered", stream=stream)
+        status, answer = device.request("POST", "/v1/chat/completions", body)
+        assert (status, answer["error"]["missing_bytes"]) == (503, 12345)
+        status, answer = device.request("POST", "/v1/chat/completions", chat("toolong"))
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+
+
+def test_an_error_in_the_middle_of_a_stream_is_said_and_no_finish_is_faked(device: Device) -> None:
+    *chunks, error = events(device, chat("fail"))
+    assert error["error"]["message"] == "It broke half way."
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+
+
+def test_a_client_that_leaves_a_stream_ends_its_request(device: Device) -> None:
+    before = cancelled_so_far(device)
+    connection = UnixConnection(device.socket)
+    connection.request("POST", "/v1/chat/completions", json.dumps(chat("forever", stream=True)))
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: ")
+    response.close()
+    connection.close()
+    engine_requests(device, 0, before + 1)
+
+
+def test_a_client_that_leaves_before_a_whole_answer_ends_its_request(device: Device) -> None:
+    before = cancelled_so_far(device)
+    connection = UnixConnection(device.socket)
+    connection.request("POST", "/v1/chat/completions", json.dumps(chat("forever")))
+    engine_requests(device, 1, before)
+    connection.close()
+    engine_requests(device, 0, before + 1)
+
+
+def test_a_client_that_stops_reading_is_cut_off(device: Device) -> None:
+    before = cancelled_so_far(device)
+    with contextlib.closing(UnixConnection(device.socket)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(chat("forever", stream=True)))
+        engine_requests(device, 0, before + 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        (b"{", 400, None),
+        (b"\xff" * 100, 400, None),
+        (json.dumps(chat("x", max_tokens=-1)).encode(), 400, "max_tokens"),
+        (json.dumps(chat("x", model="gpt-5")).encode(), 404, "model"),
+        (b" " * (9 << 20), 413, None),
+    ],
+)
+def test_a_bad_body_is_refused(device: Device, body: bytes, status: int, param: str) -> None:
+    found, answer = device.request("POST", "/v1/chat/completions", body)
+    assert (found, answer["error"]["param"]) == (status, param)
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+def test_an_unknown_path_and_a_wrong_method_are_errors_in_openais_form(device: Device) -> None:
+    for method, target, status in (("GET", "/v2", 404), ("GET", "/v1/completions", 405)):
+        found, answer = device.request(method, target)
+        assert (found, "message" in answer["error"]) == (status, True)
+
+
+def test_bytes_that_are_no_http_harm_nobody(device: Device) -> None:
+    for data in (b"\0" * 1000, b"GET / HTTP/9.9\r\n\r\n", os.urandom(5000), b"POST"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(device.socket))
+            sock.sendall(data)
+    assert device.request("GET", "/healthz")[1] == {"ok": True, "model": True}
+
+
+def test_an_engine_that_dies_fails_its_answers_and_comes_back(device: Device) -> None:
+    before = device.wait(serving)["engine"]
+    status, answer = device.request("POST", "/v1/chat/completions", chat("crash"))
+    assert (status, answer["error"]["code"]) == (503, "engine_gone")
+    after = device.wait(lambda status: serving(status) and status["engine"]["pid"] != before["pid"])
+    assert after["engine"]["restarts"] == before["restarts"] + 1
+
+
+def test_an_engine_that_babbles_is_replaced(device: Device) -> None:
+    before = device.wait(serving)["engine"]
+    status, answer = device.request("POST", "/v1/chat/completions", chat("babble"))
+    assert (status, answer["error"]["code"]) == (503, "engine_gone")
+    device.wait(lambda status: serving(status) and status["engine"]["pid"] != before["pid"])
+
+
+def test_the_socket_is_not_for_everybody(device: Device) -> None:
+    assert stat.S_IMODE(device.socket.stat().st_mode) == 0o660
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_curl_works(device: Device) -> None:
+    command = ["curl", "-sN", "--unix-socket", str(device.socket), "http://x/v1/completions"]
+    body = '{"prompt": "from curl", "stream": true}'
+    done = subprocess.run([*command, "-d", body], capture_output=True, timeout=20, check=True)
+    assert done.stdout.endswith(b"data: [DONE]\n\n")
+
+
+def coeld(device: Device, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "coeld", *words, "--socket", str(device.socket)]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_coeld_ask_prints_the_answer_and_explains_errors(device: Device) -> None:
+    done = coeld(device, "ask", "hello there", "--stats")
+    assert (done.returncode, done.stdout) == (0, "you said: hello there \n")
+    assert "4 tokens, 1.5 tok/s, answered by 1 device" in done.stderr
+    done = coeld(device, "ask", "-", "--raw", "--max-tokens", "3", stdin="one two")
+    assert done.stdout == "you said: one \n"
+    done = coeld(device, "ask", "uncovered")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert "12345 bytes" in done.stderr
+
+
+def test_coeld_status_and_doctor_show_the_swarm(device: Device) -> None:
+    assert json.loads(coeld(device, "status", "--json").stdout)["node"]["me"]
+    assert "24 of 24 experts are served" in coeld(device, "status").stdout
+    done = coeld(device, "doctor")
+    assert (done.returncode, "ok swarm" in done.stdout) == (0, True)
+
+
+def test_coeld_chat_remembers(device: Device) -> None:
+    done = coeld(device, "chat", stdin="my name is Ada\necho\n")
+    assert "my name is Ada" in done.stdout.split("> ")[-2]
+
+
+def test_without_a_daemon_the_commands_say_what_to_do(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coeld", "ask", "hi", "--socket", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, "coeld up" in done.stderr) == (1, True)
