@@ -8,10 +8,11 @@ containers, some networks) there is a warning and the configured neighbours stil
 import asyncio
 import ipaddress
 import logging
+import socket
 from collections.abc import Callable
 from typing import Final
 
-from zeroconf import IPVersion, ServiceStateChange, Zeroconf
+from zeroconf import Error, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from coeld.config import is_loopback
@@ -36,6 +37,9 @@ async def discover(
     host, port = mqtt_address
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((str(address), 0))  # zeroconf would leak a socket if this fails later
         zeroconf = AsyncZeroconf(
             interfaces=[str(address)] if is_loopback(host) or address.version == 4 else ["::"],
             ip_version=IPVersion.V4Only if address.version == 4 else IPVersion.V6Only,
@@ -57,7 +61,7 @@ async def discover(
         await zeroconf.async_register_service(info)
         browser = AsyncServiceBrowser(zeroconf.zeroconf, SERVICE, handlers=[finder.changed])
         await finder.resolve_all()
-    except OSError as exc:
+    except (OSError, Error) as exc:
         _warn(exc)
     finally:
         if browser:

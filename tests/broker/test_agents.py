@@ -3,6 +3,8 @@
 import json
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fakes.agents import Device, running, serving
+from tests.fakes.agents import ROOT, Device, running, serving
 from tests.fakes.fake_model import install
 
 pytestmark = pytest.mark.swarm
@@ -156,3 +158,20 @@ def test_a_socket_path_that_is_too_long_is_a_start_error(tmp_path: Path, store: 
     device = Device(tmp_path / "d", store, api={"socket": f"/tmp/{'x' * 110}/s"}).start()
     assert device.process.wait(20) == 1
     assert "107" in device.log
+
+
+def test_a_socket_that_systemd_opened_is_used(tmp_path: Path, store: Path) -> None:
+    device = Device(tmp_path / "d", store)
+    command = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {sys.executable} -m tests.fakes.run_agent"
+    with socket.socket(socket.AF_UNIX) as listening, (device.folder / "log.txt").open("ab") as log:
+        listening.bind(str(device.socket))
+        listening.listen()
+        device.process = subprocess.Popen(
+            ["bash", "-c", f"exec 3<&{listening.fileno()}; {command} {device.config}"],
+            pass_fds=[listening.fileno()],
+            cwd=ROOT,
+            stderr=log,
+        )
+    device.wait(serving)
+    assert device.stop()[0] == 0
+    assert device.socket.exists()  # it is systemd's to remove

@@ -1,0 +1,77 @@
+"""The command line: what it imports, what it says, how it exits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coeld.ui.cli import COMMANDS, HELP, main
+from coeld.ui.status_command import layers_owned
+
+HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
+
+
+def modules_after(code: str) -> set[str]:
+    command = [sys.executable, "-c", f"{code}; import sys; print(*sys.modules)"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return set(done.stdout.split())
+
+
+def test_the_agent_imports_nothing_heavy() -> None:
+    assert not modules_after("import coeld.agent") & set(HEAVY)
+
+
+def test_the_command_line_imports_only_what_it_needs() -> None:
+    code = "from coeld.ui.cli import parser_for; parser_for(['ask', 'x']); parser_for(['bench'])"
+    assert not modules_after(code) & {*HEAVY, "amqtt", "psutil", "asyncio", "starlette"}
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert COMMANDS.keys() == HELP.keys()
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as caught:
+            main([name, "--help"])
+        assert caught.value.code == 0
+    assert "usage: coeld eval" in capsys.readouterr().out
+
+
+def test_config_prints_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config"]) == 0
+    assert "[swarm]" in capsys.readouterr().out
+
+
+def test_errors_are_one_line_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").write_text("[engine]\nthread = 1")
+    assert main(["up", "--config", str(tmp_path / "a.toml")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("coeld: ")
+    assert "Did you mean engine.threads?" in error
+    assert error.count("\n") == 1
+
+
+def test_doctor_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COELD_STORE", str(tmp_path))
+    assert main(["doctor", "--socket", str(tmp_path / "none")]) == 1
+    out = capsys.readouterr().out
+    assert "ok python" in out
+    assert "coeld model add" in out
+    assert "coeld up" in out
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "coeld", "config"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_owned_experts_are_shown_as_ranges() -> None:
+    assert layers_owned([[0, 0, 4], [0, 6, 1], [3, 2, 2]]) == "0: 0-3 6, 3: 2-3"
