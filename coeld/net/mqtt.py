@@ -99,7 +99,7 @@ class ControlBus:
 
     def connect(self, node: NodeId, host: str, port: int) -> None:
         """Listen to this neighbour's broker too; no effect if one does, or with own brokers."""
-        if self._options.brokers or node == self._options.me or not port:
+        if self._options.brokers or node == self._options.me or not (host and port):
             return
         if any(link.node == node and link.up for link in self._links.values()):
             return

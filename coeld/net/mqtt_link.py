@@ -105,7 +105,7 @@ class Link:
         paho = client._client
         paho.connect_timeout = CONNECT_S
         try:
-            await client.__aenter__()
+            await self._open(client)
             topics = self._topics.subscriptions(self._card.node)
             await client.subscribe([(topic, 0) for topic in topics])
             self._client, self.up = client, True
@@ -116,6 +116,13 @@ class Link:
         finally:
             self._client = None
             await self._close(client)
+
+    async def _open(self, client: aiomqtt.Client) -> None:
+        """Raises MqttError, also for a host that no name service would take."""
+        try:
+            await client.__aenter__()
+        except ValueError as exc:  # empty, or with an empty or endless label
+            raise aiomqtt.MqttError(f"not a host name: {exc}") from exc
 
     async def _close(self, client: aiomqtt.Client) -> None:
         """Say goodbye if that goes quickly, and free the socket in any case."""

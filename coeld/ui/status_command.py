@@ -53,8 +53,17 @@ def devices(status: dict[str, Any]) -> "Table":
 
     node = status["node"]
     total = node["routes"]["total"]
+    experts = node["model"]["experts"] if node["model"] else 0
     table = Table(title="devices", title_justify="left")
-    for name in ("device", "state", "memory", "kernels", "load", "owns", "layer: experts"):
+    for name in (
+        "device",
+        "state",
+        "memory",
+        "kernels",
+        "load",
+        "owns",
+        "layers, or layer: experts",
+    ):
         table.add_column(name, overflow="fold")
     for member in node["members"]:
         mine = " (this one)" if member["node"] == node["me"] else ""
@@ -66,18 +75,37 @@ def devices(status: dict[str, Any]) -> "Table":
             f"{member['kernel_mb_per_s'] / 1e3:.1f} GB/s",
             f"{member['cpu_load_percent']} %",
             f"{member['serving']} of {total}" if total else "",
-            layers_owned(runs),
+            layers_owned(runs, experts),
         )
     return table
 
 
-def layers_owned(runs: list[list[int]]) -> str:
-    """[[layer, first, count], …] as "0: 0-3 6, 1: 2"."""
-    layers: dict[int, list[str]] = {}
+def layers_owned(runs: list[list[int]], experts: int) -> str:
+    """[[layer, first, count], …] as "0-2 5, 7: 0-3 6": whole layers first, then parts of layers."""
+    whole: list[int] = []
+    parts: dict[int, list[str]] = {}
     for layer, first, count in runs:
-        text = str(first) if count == 1 else f"{first}-{first + count - 1}"
-        layers.setdefault(layer, []).append(text)
-    return ", ".join(f"{layer}: {' '.join(spans)}" for layer, spans in layers.items())
+        if count == experts:
+            whole.append(layer)
+        else:
+            parts.setdefault(layer, []).append(_span(first, first + count - 1))
+    texts = [f"{layer}: {' '.join(spans)}" for layer, spans in sorted(parts.items())]
+    return ", ".join([" ".join(_spans(whole)), *texts] if whole else texts)
+
+
+def _spans(numbers: list[int]) -> list[str]:
+    """Consecutive numbers joined: [0, 1, 2, 5] as ["0-2", "5"]."""
+    ends: list[list[int]] = []
+    for number in sorted(numbers):
+        if ends and ends[-1][1] == number - 1:
+            ends[-1][1] = number
+        else:
+            ends.append([number, number])
+    return [_span(first, last) for first, last in ends]
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def links(status: dict[str, Any]) -> "Table":

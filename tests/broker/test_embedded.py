@@ -12,6 +12,7 @@ import pytest
 
 from coeld.errors import StartError
 from coeld.events import MessageReceived
+from coeld.ids import NodeId
 from coeld.messages import MESSAGE_BYTES_MAX
 from coeld.net.mqtt_broker import CLIENTS_MAX, SUBSCRIPTIONS_MAX, EmbeddedBroker
 from coeld.net.mqtt_topics import Topics
@@ -141,6 +142,20 @@ def test_stopping_is_quick_even_while_a_neighbour_is_out_of_reach() -> None:
         return loop.time() - began
 
     assert asyncio.run(scenario()) < 1.0
+
+
+def test_neighbours_with_impossible_addresses_do_no_harm() -> None:
+    async def scenario() -> None:
+        async with Station(1).on_air() as one:
+            hosts = ["", "..", "x" * 253, "a..b", "::::", "%", "-", "256.1.1.1", "0.0.0.0"]
+            for number, host in enumerate(hosts):
+                one.bus.connect(NodeId(f"{number + 50:016x}"), host, 1)
+            await asyncio.sleep(0.3)
+            seeds = (("127.0.0.1", one.bus.port),)
+            async with Station(2, seeds=seeds).on_air() as two:
+                await linked(one, two)
+
+    asyncio.run(scenario())
 
 
 def test_a_port_in_use_is_named() -> None:

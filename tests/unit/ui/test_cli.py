@@ -74,4 +74,6 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 
 
 def test_owned_experts_are_shown_as_ranges() -> None:
-    assert layers_owned([[0, 0, 4], [0, 6, 1], [3, 2, 2]]) == "0: 0-3 6, 3: 2-3"
+    runs = [[0, 0, 8], [1, 0, 8], [2, 0, 4], [2, 6, 1], [4, 0, 8], [9, 2, 2]]
+    assert layers_owned(runs, 8) == "0-1 4, 2: 0-3 6, 9: 2-3"
+    assert layers_owned([], 8) == ""
