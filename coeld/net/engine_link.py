@@ -301,7 +301,8 @@ class EngineLink:
             wanted = name or "smollm2-135m-instruct"
             self.trouble = (
                 f"no model {name or 'at all'} is installed in {self._store.root}. Install one: "
-                f"coeld model add {wanted}. It is opened as soon as it is there."
+                f"coeld model add {wanted} --store {self._store.root}. It is opened as soon as it "
+                "is there."
             )
             return False
         if not name:

@@ -14,6 +14,8 @@ from random import Random
 from typing import Any, Final, cast
 
 import aiomqtt
+import paho.mqtt.client as mqtt
+from paho.mqtt.enums import MQTTErrorCode
 
 from coeld.messages import MESSAGE_BYTES_MAX
 from coeld.net.mqtt_topics import Card, Topics, client_id
@@ -25,6 +27,8 @@ ANSWER_S: Final = 3.0
 """CONNACK, SUBACK."""
 CLOSE_S: Final = 0.3
 INBOX_MAX: Final = 4096
+PACKET_BYTES_MAX: Final = 4 << 20
+"""From a broker. Above MESSAGE_BYTES_MAX a message is dropped, above this the connection is."""
 PAUSE_S: Final = (0.2, 5.0)
 STEADY_S: Final = 5.0
 """A connection that lasted this long starts over with the shortest pause."""
@@ -102,8 +106,8 @@ class Link:
             logger=_paho_log,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
-        paho = client._client
-        paho.connect_timeout = CONNECT_S
+        client._client.connect_timeout = CONNECT_S
+        _bound_packets(client._client)
         try:
             await self._open(client)
             topics = self._topics.subscriptions(self._card.node)
@@ -137,6 +141,23 @@ class Link:
 
     def _inbox(self, maxsize: int) -> "_Inbox":
         return _Inbox(self, maxsize)
+
+
+def _bound_packets(paho: mqtt.Client) -> None:
+    """End the connection when the broker announces a packet that nobody of ours would send.
+
+    paho would collect up to 256 MB; it has no limit of its own for MQTT 3.1.1.
+    """
+    read = paho.loop_read
+
+    def bounded(max_packets: int = 1) -> MQTTErrorCode:
+        status = read(max_packets)
+        announced = paho._in_packet["remaining_length"]
+        if announced > PACKET_BYTES_MAX:
+            raise aiomqtt.MqttError(f"the broker sends a packet of {announced} bytes")
+        return status
+
+    paho.loop_read = bounded  # type: ignore[method-assign]
 
 
 class _Inbox(asyncio.Queue[aiomqtt.Message]):

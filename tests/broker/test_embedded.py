@@ -289,3 +289,63 @@ def test_a_neighbour_that_publishes_rubbish_is_counted_and_nothing_grows() -> No
         await liar.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_broker_that_announces_a_huge_packet_is_cut_off_before_it_is_collected() -> None:
+    async def scenario() -> None:
+        connections = 0
+        cut = asyncio.Event()
+
+        async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal connections
+            connections += 1
+            await reader.read(1000)
+            writer.write(packet(0x20, b"\0\0"))
+            await reader.read(1000)
+            writer.write(packet(0x90, b"\0\1\0\0\0"))
+            writer.write(b"\x30\xff\xff\xff\x7f")
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    writer.write(bytes(1 << 16))
+                    await writer.drain()
+            writer.transport.abort()
+            cut.set()
+
+        liar = await asyncio.start_server(lie, "127.0.0.1", 0)
+        before = rss_bytes()
+        async with Station(1, seeds=(liar.sockets[0].getsockname(),)).on_air():
+            async with asyncio.timeout(WAIT_S):
+                await cut.wait()
+            assert rss_bytes() - before < GROWTH_BYTES_MAX
+        liar.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_listener_that_does_not_read_is_cut_off() -> None:
+    async def scenario() -> None:
+        async with Station(1).on_air() as one:
+            _reader, writer = await asyncio.open_connection("127.0.0.1", one.bus.port, limit=1000)
+            writer.write(connect("lazy") + subscribe("coeld/1/test/all/+"))
+            await eventually(lambda: one.bus.status()["broker_clients"] == 1)
+            broker = one.bus._broker
+            async with asyncio.timeout(WAIT_S):
+                while one.bus.status()["broker_clients"]:
+                    await broker.publish("coeld/1/test/all/x", bytes(200_000))
+                    await asyncio.sleep(0)
+            writer.transport.abort()
+
+    asyncio.run(scenario())
+
+
+def test_two_names_of_one_neighbour_end_as_one_link() -> None:
+    async def scenario() -> None:
+        async with Station(1).on_air() as one:
+            port = one.bus.port
+            async with Station(2, seeds=(("localhost", port),)).on_air() as two:
+                two.bus.connect(NodeId("c" * 16), "127.0.0.1", port)  # by whatever name
+                await linked(one, two)
+                await eventually(lambda: len(two.bus.status()["links"]) == 1)
+                assert two.bus.status()["links"][0]["host"] == "localhost"
+
+    asyncio.run(scenario())
