@@ -37,7 +37,7 @@ BUFFERED_EVENTS_MAX: Final = 1024
 READY_S: Final = 60.0
 """From start to "ready"; includes imports and the measurement of the kernels."""
 STORE_POLL_S: Final = 2.0
-REOPEN_S: Final = 30.0
+REOPEN_S: Final = 10.0
 """From asking the engine to open a model to asking again, if it has not."""
 RESTART_S: Final = (0.2, 10.0)
 """First and longest pause before a restart."""

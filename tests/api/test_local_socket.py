@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -232,6 +233,18 @@ def test_coeld_ask_prints_the_answer_and_explains_errors(device: Device) -> None
     done = coeld(device, "ask", "uncovered")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "12345 bytes" in done.stderr
+
+
+def test_ctrl_c_ends_coeld_ask_and_its_request(device: Device) -> None:
+    before = cancelled_so_far(device)
+    command = [sys.executable, "-m", "coeld", "ask", "slowly", "--socket", str(device.socket)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.read(4) == b"word"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+        assert (process.returncode, b"Traceback" in error) == (130, False)
+    engine_requests(device, 0, before + 1)
 
 
 def test_coeld_status_and_doctor_show_the_swarm(device: Device) -> None:

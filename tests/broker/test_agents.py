@@ -124,6 +124,20 @@ def test_a_model_that_is_installed_later_is_opened(tmp_path: Path) -> None:
         device.wait(serving)
 
 
+def test_a_damaged_model_is_explained_and_the_daemon_stays(tmp_path: Path) -> None:
+    install(tmp_path / "store")
+    manifest = tmp_path / "store" / "models" / "tiny.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[: len(whole) // 2])
+    device = Device(tmp_path / "d", tmp_path / "store")
+    with running(device):
+        device.wait(lambda status: "damaged" in status["engine"]["trouble"])
+        code, answer = device.request("POST", "/v1/completions", {"prompt": "hello"})
+        assert (code, "damaged" in answer["error"]["message"]) == (503, True)
+        manifest.write_text(whole)
+        device.wait(serving)
+
+
 @pytest.mark.parametrize("what", ["socket", "state_dir", "data_port", "mqtt_port", "tcp_port"])
 def test_what_is_in_use_is_named_and_the_first_user_is_unharmed(
     tmp_path: Path, store: Path, what: str

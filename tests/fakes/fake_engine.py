@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from coeld.engine.protocol import decode, encode
+from coeld.engine.protocol import decode, encode, error_to_json
+from coeld.errors import CoeldError
 from coeld.model.store import Store
 
 
@@ -53,7 +54,11 @@ class FakeEngine:
                 self.step(ident)
 
     def op_open(self, message: dict) -> None:
-        manifest = self.store.manifest(message["model"])
+        try:
+            manifest = self.store.manifest(message["model"])
+        except CoeldError as exc:
+            self.say("failed", model=message["model"], **error_to_json(exc))
+            return
         self.say(
             "opened",
             model=manifest.name,

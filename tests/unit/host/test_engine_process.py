@@ -1,0 +1,108 @@
+"""Engines that misbehave: stubborn, silent, babbling, or gone at once."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from coeld.errors import FrameError, StartError
+from coeld.host.engine_process import NICENESS, EngineOptions, EngineProcess
+from coeld.ids import NodeId
+from coeld.net.engine_link import EngineLink
+
+PREAMBLE = """
+import signal, socket, sys, time
+sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
+"""
+READY = b'{"ev":"ready","data_host":"h","data_port":1,"kernel_mb_per_s":1}\n'
+
+
+def options(code: str) -> EngineOptions:
+    return EngineOptions(
+        store_dir=Path("/nonexistent"),
+        node=NodeId("a" * 16),
+        swarm="s",
+        host="127.0.0.1",
+        port=0,
+        threads=1,
+        context_tokens=64,
+        requests_max=1,
+        call_deadline_ms=100,
+        patience_s=1,
+        command=(sys.executable, "-c", PREAMBLE + code),
+    )
+
+
+def test_an_engine_that_does_not_want_to_stop_is_killed_in_time() -> None:
+    async def scenario() -> tuple[int, float]:
+        loop = asyncio.get_running_loop()
+        ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        code = f"{ignore}sock.sendall({READY!r}); time.sleep(60)"
+        process = await EngineProcess.start(options(code))
+        assert await process.receive() == {
+            "ev": "ready",
+            "data_host": "h",
+            "data_port": 1,
+            "kernel_mb_per_s": 1,
+        }
+        nice = os.getpriority(os.PRIO_PROCESS, process.pid)
+        assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+        began = loop.time()
+        return await process.stop(), loop.time() - began
+
+    status, seconds = asyncio.run(scenario())
+    assert (status, seconds < 1.9) == (-9, True)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "sock.sendall(b'rubbish\\n')",
+        "sock.sendall(b'[1]\\n')",
+        "sock.sendall(b'x' * (17 << 20)); time.sleep(60)",
+    ],
+)
+def test_what_is_no_message_is_a_frame_error(code: str) -> None:
+    async def scenario() -> None:
+        process = await EngineProcess.start(options(code))
+        try:
+            with pytest.raises(FrameError):
+                await process.receive()
+        finally:
+            process._process.kill()
+            await process.stop()
+
+    asyncio.run(scenario())
+
+
+def test_half_a_line_at_the_end_is_the_end() -> None:
+    async def scenario() -> None:
+        process = await EngineProcess.start(options("sock.sendall(b'{\"ev\":')"))
+        assert await process.receive() is None
+        await process.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("sys.exit(3)", "ended while starting"),
+        ('sock.sendall(b\'{"ev":"failed","message":"port 7 is taken"}\\n\')', "port 7 is taken"),
+    ],
+)
+def test_a_first_engine_that_cannot_start_is_a_start_error(code: str, says: str) -> None:
+    async def scenario() -> None:
+        events: list[object] = []
+        try:
+            await EngineLink(options(code), "", events.append).run()
+        finally:
+            assert events == []
+
+    with pytest.raises(BaseExceptionGroup) as caught:
+        asyncio.run(scenario())
+    (error,) = caught.value.exceptions
+    assert isinstance(error, StartError)
+    assert says in str(error)
