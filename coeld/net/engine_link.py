@@ -37,7 +37,7 @@ BUFFERED_EVENTS_MAX: Final = 1024
 READY_S: Final = 60.0
 """From start to "ready"; includes imports and the measurement of the kernels."""
 STORE_POLL_S: Final = 2.0
-REOPEN_S: Final = 10.0
+REOPEN_S: Final = 5.0
 """From asking the engine to open a model to asking again, if it has not."""
 RESTART_S: Final = (0.2, 10.0)
 """First and longest pause before a restart."""
@@ -101,6 +101,7 @@ class EngineLink:
         self._stats: dict[str, Any] = {}
         self._stats_changed = asyncio.Event()
         self._try_open_at = 0.0
+        self._complaint = ""
         self.kernel_mb_per_s = 0
         self.model: ModelDemand | None = None
         """What is open; None while nothing is."""
@@ -263,7 +264,9 @@ class EngineLink:
                 self._opened(event)
             case "failed":
                 self.trouble = str(event["message"])
-                log.error("cannot open the model (next try in %.0f s): %s", REOPEN_S, self.trouble)
+                if self.trouble != self._complaint:
+                    log.error("cannot open the model, trying on: %s", self.trouble)
+                self._complaint = self.trouble
             case _:
                 raise FrameError(f"unknown event {kind!r}")
 

@@ -38,7 +38,7 @@ class FakeEngine:
         host, port = self.listener.getsockname()[:2]
         self.say("ready", data_host=host, data_port=port, kernel_mb_per_s=1000)
         while True:
-            readable, _, _ = select.select([self.sock], [], [], 0.005 if self.requests else None)
+            readable, _, _ = select.select([self.sock], [], [], 0.001 if self.requests else None)
             if readable:
                 data = self.sock.recv(1 << 16)
                 if not data:
