@@ -19,12 +19,14 @@ from typing import Any, Final, Protocol
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message
 
 from coeld.api.failures import Failure, failure, plain
+from coeld.api.hosts import LocalNamesOnly
 from coeld.api.openai import Ask, Kind, Reply, model_card, parse
 from coeld.errors import CoeldError, NoModel, UnknownModel
 
@@ -68,6 +70,7 @@ class Api:
                 Route("/status", self._status),
                 Route("/healthz", self._healthz),
             ],
+            middleware=[Middleware(LocalNamesOnly)],
             exception_handlers={HTTPException: self._http_error, Exception: self._bug},
         )
 

@@ -1,6 +1,7 @@
 """The API as a program sees it: a real agent, a real unix socket, a fake engine behind it."""
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
@@ -20,12 +21,15 @@ from tests.fakes.fake_model import install
 
 pytestmark = pytest.mark.swarm
 
+with socket.create_server(("127.0.0.1", 0)) as free:
+    TCP_PORT = free.getsockname()[1]
+
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     folder = tmp_path_factory.mktemp("api")
     install(folder / "store")
-    one = Device(folder / "one", folder / "store")
+    one = Device(folder / "one", folder / "store", api={"tcp_port": TCP_PORT})
     with running(one):
         one.wait(serving)
         yield one
@@ -203,6 +207,16 @@ def test_an_engine_that_babbles_is_replaced(device: Device) -> None:
     status, answer = device.request("POST", "/v1/chat/completions", chat("babble"))
     assert (status, answer["error"]["code"]) == (503, "engine_gone")
     device.wait(lambda status: serving(status) and status["engine"]["pid"] != before["pid"])
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("localhost:80", 200), ("127.0.0.1", 200), ("evil.example", 403), ("", 403)],
+)
+def test_the_tcp_port_answers_only_to_local_names(device: Device, host: str, status: int) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", TCP_PORT, 20)) as connection:
+        connection.request("GET", "/v1/models", headers={"Host": host})
+        assert connection.getresponse().status == status
 
 
 def test_the_socket_is_not_for_everybody(device: Device) -> None:
