@@ -199,12 +199,13 @@ def settled(devices: list[Device], members: int) -> bool:
     views = [device.status() for device in devices]
     prints = set()
     for view in views:
-        if view is None or view["routes"]["covered"] != view["routes"]["total"]:
+        if view is None:
             return False
-        alive = [m for m in view["members"] if m["status"] == "alive"]
-        if view["routes"]["total"] == 0 or len(alive) != members:
+        routes = view["node"]["routes"]
+        alive = [m for m in view["node"]["members"] if m["status"] == "alive"]
+        if not 0 < routes["total"] == routes["covered"] or len(alive) != members:
             return False
-        prints.add(view["routes"]["fingerprint"])
+        prints.add(routes["fingerprint"])
     return len(prints) == 1
 
 
@@ -219,11 +220,10 @@ def wait_settled(devices: list[Device], members: int, since: float) -> float:
     raise Failed(f"the devices did not organise themselves: see {logs}")
 
 
-def owned_bytes(device: Device, devices: list[Device]) -> int:
-    """How many lots this device serves, by its own account."""
-    status = device.status() or {}
-    me = status.get("me")
-    return sum(m["serving"] for m in status.get("members", []) if m["node"] == me)
+def lots_served(device: Device) -> int:
+    """By the device's own account."""
+    node = (device.status() or {"node": {"me": "", "members": []}})["node"]
+    return sum(member["serving"] for member in node["members"] if member["node"] == node["me"])
 
 
 def free_ports(count: int) -> list[int]:
@@ -275,7 +275,7 @@ def play(devices: list[Device], arguments: argparse.Namespace) -> None:
     show(devices[0])
     ask(devices[0], arguments.prompt)
 
-    victim = max(devices, key=lambda device: owned_bytes(device, devices))
+    victim = max(devices, key=lots_served)
     asker = next(device for device in devices if device is not victim)
     others = [device for device in devices if device is not victim]
     killed_at = 0.0

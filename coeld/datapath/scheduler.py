@@ -10,7 +10,7 @@ from typing import Final
 
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.ports import Cache
-from coeld.datapath.request import Cancelled, Request
+from coeld.datapath.request import Cancelled, FinishReason, Request
 from coeld.datapath.sampling import choose
 from coeld.errors import CoeldError
 
@@ -32,26 +32,31 @@ class Scheduler:
         self.active.append(request)
 
     def turn(self) -> None:
-        """One step of every request; ended ones leave."""
+        """One step of every request. Ended ones leave, and only then are their listeners told."""
         for request in list(self.active):
+            error: CoeldError | None = None
             try:
-                finished = request.cancelled.is_set() or self._step(request)
+                reason = None if request.cancelled.is_set() else self._step(request)
+                finished = request.cancelled.is_set() or reason is not None
             except Cancelled:
-                finished = True
+                reason, finished = None, True
             except CoeldError as exc:
-                request.listener.failed(request, exc)
-                finished = True
+                reason, error, finished = None, exc, True
             if finished:
                 self.active.remove(request)
                 request.cache = None
+            if error is not None:
+                request.listener.failed(request, error)
+            elif reason is not None:
+                request.listener.done(request, reason)
 
     def fail_all(self, error: CoeldError) -> None:
-        for request in self.active:
+        failed, self.active = self.active, []
+        for request in failed:
             request.listener.failed(request, error)
-        self.active.clear()
 
-    def _step(self, request: Request) -> bool:
-        """Prefill a chunk or decode a token. True when the request has ended."""
+    def _step(self, request: Request) -> FinishReason | None:
+        """Prefill a chunk or decode a token. Why the request has ended, if it has."""
         assert request.cache is not None
         started = time.monotonic()
         if request.prefilled < len(request.prompt):
@@ -60,22 +65,17 @@ class Scheduler:
             request.prefilled += len(chunk)
             request.prefill_s += time.monotonic() - started
             if request.prefilled < len(request.prompt):
-                return False
+                return None
         else:
             logits = self._decoder.forward(request.cache, [request.last], [0], request)
             request.decode_s += time.monotonic() - started
         return self._emit(request, choose(logits[0], request.sampling, request.generator))
 
-    def _emit(self, request: Request, token: int) -> bool:
+    def _emit(self, request: Request, token: int) -> FinishReason | None:
         if token in request.eos_tokens:
-            request.listener.done(request, "stop")
-            return True
+            return "stop"
         request.last = token
         request.generated += 1
         if request.listener.token(token):
-            request.listener.done(request, "stop")
-            return True
-        if request.generated >= request.tokens_max:
-            request.listener.done(request, "length")
-            return True
-        return False
+            return "stop"
+        return "length" if request.generated >= request.tokens_max else None

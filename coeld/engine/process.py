@@ -192,7 +192,8 @@ class Engine:
     def _ready_for_request(self) -> OpenModel:
         if self._model is None:
             raise NoModel("No model is open on this device yet: see coeld status.")
-        if len(self._model.scheduler.active) >= self._options.requests_max:
+        active = [r for r in self._model.scheduler.active if not r.cancelled.is_set()]
+        if len(active) >= self._options.requests_max:
             raise Overloaded(
                 f"{self._options.requests_max} requests are under way (engine.requests_max): "
                 "ask again in a moment."

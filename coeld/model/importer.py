@@ -1,4 +1,4 @@
-"""GGUF file to store: dequantise, slice, quantise to int8, write blobs, and last the manifest.
+"""GGUF file to store: dequantise, smooth, slice, quantise to int8, write blobs, then the manifest.
 
 One layer is in memory at a time. The dense feed-forward block of a layer becomes equal slices of
 its neurons, which add up to it exactly. A journal in `partial/`, named after the content of the
@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from coeld.compression.quantize import quantize
 from coeld.errors import ModelError, UnsupportedModel
 from coeld.model import onnx_blobs
+from coeld.model.calibration import Calibration, calibration_tokens
 from coeld.model.families import llama
 from coeld.model.gguf_file import GgufFile, expect
-from coeld.model.manifest import FORMAT, BlobRef, Manifest, Shape, parse_blob
+from coeld.model.manifest import FORMAT, HEAD_BLOCK, BlobRef, Manifest, Shape, parse_blob
 from coeld.model.store import Store, check_name, disk_errors, file_sha256
 from coeld.model.tokenizer import Vocabulary, read_vocabulary
 
@@ -89,6 +90,9 @@ class _Import:
         self._vocabulary = read_vocabulary(file, self._shape.vocab)
         self._tied = llama.HEAD not in file.tensors
         self._done_bytes = 0
+        tokens = calibration_tokens(self._vocabulary.json)
+        embedded = [file.rows(llama.EMBEDDING, token, token + 1) for token in tokens]
+        self._calibration = Calibration(self._shape, np.concatenate(embedded))
 
     def run(self) -> Manifest:
         self._progress(0, self._file.bytes, "checking the file")
@@ -113,10 +117,11 @@ class _Import:
 
     def _finish(self, part: str, journal: dict[str, list[BlobRef]], log: FileIO) -> list[BlobRef]:
         """The blobs of a part, made now unless the journal has them."""
+        self._progress(self._done_bytes, self._file.bytes, part)
+        layer = self._layer(part)
         refs = journal.get(part)
         if refs is None:
-            self._progress(self._done_bytes, self._file.bytes, part)
-            refs = [self._put(*blob) for blob in self._build(part)]
+            refs = [self._put(*blob) for blob in self._build(part, layer)]
             with disk_errors(self._store.partial):
                 line = json.dumps({"part": part, "refs": [asdict(ref) for ref in refs]}) + "\n"
                 log.write(line.encode())
@@ -127,7 +132,16 @@ class _Import:
     def _put(self, data: bytes, tensors: dict[str, Any]) -> BlobRef:
         return BlobRef(self._store.put(data), len(data), tensors)
 
-    def _build(self, part: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    def _layer(self, part: str) -> llama.Layer | None:
+        """The smoothed layer if the part is one; read even when it is finished, for the next."""
+        if not part.startswith("layer "):
+            return None
+        index = int(part.removeprefix("layer "))
+        return self._calibration.smooth(llama.read_layer(self._file, self._shape, index))
+
+    def _build(
+        self, part: str, layer: llama.Layer | None
+    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
         shape = self._shape
         if part == "head":
             name = llama.EMBEDDING if self._tied else llama.HEAD
@@ -136,8 +150,7 @@ class _Import:
         elif part == "embedding":
             weights = self._vocabulary_matrix(llama.EMBEDDING, "embedding")
             yield onnx_blobs.embedding_blob(weights, shape)
-        else:
-            layer = llama.read_layer(self._file, shape, int(part.removeprefix("layer ")))
+        elif layer is not None:
             yield onnx_blobs.attention_blob(attention_weights(layer, shape), shape)
             for expert in range(shape.experts):
                 yield onnx_blobs.expert_blob(expert_weights(layer, shape, expert), shape)
@@ -145,12 +158,12 @@ class _Import:
     def _vocabulary_matrix(self, tensor: str, name: str) -> Weights:
         """Some rows at a time: as float32 it would be the largest thing in memory."""
         shape = self._shape
-        blocks = shape.hidden // shape.block
-        w = np.empty((shape.vocab, blocks, shape.block), np.uint8)
+        blocks = shape.hidden // HEAD_BLOCK
+        w = np.empty((shape.vocab, blocks, HEAD_BLOCK), np.uint8)
         s = np.empty((shape.vocab, blocks), np.float32)
         for start in range(0, shape.vocab, ROWS):
             rows = slice(start, start + ROWS)
-            w[rows], s[rows] = quantize(self._file.rows(tensor, start, start + ROWS), shape.block)
+            w[rows], s[rows] = quantize(self._file.rows(tensor, start, start + ROWS), HEAD_BLOCK)
         return {f"{name}.w": w, f"{name}.s": s}
 
     def _source_bytes(self, part: str) -> int:
@@ -163,14 +176,14 @@ class _Import:
         return sum(t.bytes for name, t in self._file.tensors.items() if name.startswith(prefixes))
 
     def _wanted_bytes(self, journal: dict[str, list[BlobRef]]) -> int:
-        """Bytes still to be written."""
+        """Bytes still to be written, at most."""
         shape = self._shape
         weights = sum(
-            rows * columns[0] * (1 + 4 / shape.block) if columns else rows * 4
+            rows * columns[0] * (1 + 4 / HEAD_BLOCK) if columns else rows * 4
             for rows, *columns in llama.tensor_shapes(shape).values()
         )
         if not self._tied:
-            weights += shape.vocab * shape.hidden * (1 + 4 / shape.block)
+            weights += shape.vocab * shape.hidden * (1 + 4 / HEAD_BLOCK)
         blobs = 4 + shape.layers * (1 + shape.experts)
         finished = sum(ref.bytes for refs in journal.values() for ref in refs)
         total = int(weights) + blobs * FRAMING_BYTES + len(self._vocabulary.json)

@@ -26,6 +26,10 @@ ALIGN: Final = 64
 COUNT_MAX: Final = 1 << 40
 """No dimension comes close; keeps arithmetic on a damaged manifest small."""
 
+HEAD_BLOCK: Final = 32
+"""Weights that share one scale in embedding and head. Smaller than in the layers, because their
+error reaches the logits undamped; and GGUF files that keep them in Q8_0 are then met exactly."""
+
 BYTES_PER_DTYPE: Final = {"uint8": 1, "float32": 4}
 
 
@@ -76,7 +80,7 @@ class Shape:
     rope_base: float
     norm_epsilon: float
     block: int
-    """Weights that share one scale."""
+    """Weights that share one scale, in the layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,8 @@ class Manifest:
     """One imported model.
 
     Tensor names, with H hidden, Q heads*head_dim, KV kv_heads*head_dim, I expert_width, V vocab,
-    B block; every weight `x` comes as `x.w` (N, K/B, B) uint8 and `x.s` (N, K/B) float32:
+    B block (HEAD_BLOCK in embedding and head); every weight `x` comes as `x.w` (N, K/B, B) uint8
+    and `x.s` (N, K/B) float32:
 
     - embedding: `embedding` (V, H).
     - head: `head` (V, H), `norm` float32 (H,). With tied embeddings, head and embedding are the
@@ -217,10 +222,10 @@ def _check(manifest: Manifest) -> None:
         raise ValueError("the number of layers contradicts the shape")
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     h, i, v = shape.hidden, shape.expert_width, shape.vocab
-    expect_weight(manifest.head, "head", v, h, shape.block)
+    expect_weight(manifest.head, "head", v, h, HEAD_BLOCK)
     _expect_norm(manifest.head, "norm", h)
     if not manifest.tied:
-        expect_weight(manifest.embedding, "embedding", v, h, shape.block)
+        expect_weight(manifest.embedding, "embedding", v, h, HEAD_BLOCK)
     elif manifest.embedding != manifest.head:
         raise ValueError("embedding and head are tied, but not the same blob")
     for blob in manifest.attention:

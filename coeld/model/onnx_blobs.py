@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from coeld.model.manifest import ALIGN, Shape, TensorRef
+from coeld.model.manifest import ALIGN, HEAD_BLOCK, Shape, TensorRef
 
 Weights = Mapping[str, NDArray[Any]]
 """Arrays by their name in the blob, uint8 or float32; a matrix `x` is `x.w` and `x.s`."""
@@ -39,11 +39,11 @@ def expert_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Tensor
     """x (n, H) to y (n, H) = down(silu(gate(x)) * up(x))."""
     h, i = shape.hidden, shape.expert_width
     nodes = [
-        _matmul("x", "gate", "g", i, h, shape),
-        _matmul("x", "up", "u", i, h, shape),
+        _matmul("x", "gate", "g", i, h, shape.block),
+        _matmul("x", "up", "u", i, h, shape.block),
         helper.make_node("QuickGelu", ["g"], ["silu"], domain=MICROSOFT, alpha=1.0),
         helper.make_node("Mul", ["silu", "u"], ["hidden"]),
-        _matmul("hidden", "down", "y", h, i, shape),
+        _matmul("hidden", "down", "y", h, i, shape.block),
     ]
     return _blob("expert", nodes, [_floats("x", "n", h)], [_floats("y", "n", h)], weights)
 
@@ -58,7 +58,7 @@ def attention_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Ten
     h, heads, kv_heads, dim = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim
     nodes = [
         _skip_norm("residual", "x", "attention_norm", "n1", "r1", shape),
-        _matmul("n1", "qkv", "qkv", (heads + 2 * kv_heads) * dim, h, shape),
+        _matmul("n1", "qkv", "qkv", (heads + 2 * kv_heads) * dim, h, shape.block),
         helper.make_node(
             "GroupQueryAttention",
             [
@@ -73,7 +73,7 @@ def attention_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Ten
             rotary_interleaved=0,
             scale=dim**-0.5,
         ),
-        _matmul("attended", "o", "out", h, heads * dim, shape),
+        _matmul("attended", "o", "out", h, heads * dim, shape.block),
         _skip_norm("r1", "out", "ffn_norm", "normed", "residual_out", shape),
     ]
     inputs = [_floats(name, 1, "n", h) for name in ("residual", "x")]
@@ -104,7 +104,7 @@ def head_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRe
         helper.make_node("Sqrt", ["above_zero"], ["root"]),
         helper.make_node("Div", ["hidden", "root"], ["scaled"]),
         helper.make_node("Mul", ["scaled", "norm"], ["normed"]),
-        _matmul("normed", "head", "logits", v, h, shape),
+        _matmul("normed", "head", "logits", v, h, HEAD_BLOCK),
     ]
     hidden, logits = _floats("hidden", "m", h), _floats("logits", "m", v)
     return _blob("head", nodes, [hidden], [logits], weights, constants)
@@ -131,7 +131,7 @@ def embedding_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, Ten
     return _blob("embedding", nodes, [ids], [rows], weights, constants)
 
 
-def _matmul(x: str, name: str, y: str, n: int, k: int, shape: Shape) -> Any:
+def _matmul(x: str, name: str, y: str, n: int, k: int, block: int) -> Any:
     return helper.make_node(
         "MatMulNBits",
         [x, f"{name}.w", f"{name}.s"],
@@ -140,7 +140,7 @@ def _matmul(x: str, name: str, y: str, n: int, k: int, shape: Shape) -> Any:
         K=k,
         N=n,
         bits=BITS,
-        block_size=shape.block,
+        block_size=block,
         accuracy_level=ACCURACY,
     )
 

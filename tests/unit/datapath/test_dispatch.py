@@ -85,7 +85,7 @@ def routes(owners: dict[NodeId, set[int]], missing: int = 0, epoch: int = 1) -> 
         ModelHash("m"),
         epoch,
         {lot: nodes for lot, nodes in lots.items() if nodes},
-        {node: ("127.0.0.1", 1) for node in owners},
+        dict.fromkeys(owners, ("127.0.0.1", 1)),
         missing,
     )
 

@@ -97,7 +97,10 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         try:
-            header, payload = frames.parse_header(data[: HEADER.size]), memoryview(data)[HEADER.size:]
+            header, payload = (
+                frames.parse_header(data[: HEADER.size]),
+                memoryview(data)[HEADER.size :],
+            )
             if header.payload_bytes != len(payload):
                 continue
             if header.kind is Kind.EXPERTS:

@@ -41,7 +41,7 @@ def test_every_layer_runs_once_in_order_and_only_unfused_layers_are_cut(seed: in
 
 
 def table(*nodes: NodeId) -> RouteTable:
-    return RouteTable(ModelHash("m"), 1, {}, {node: ("127.0.0.1", 1) for node in nodes})
+    return RouteTable(ModelHash("m"), 1, {}, dict.fromkeys(nodes, ("127.0.0.1", 1)))
 
 
 def test_a_device_alone_with_everything_is_one_graph() -> None:

@@ -157,7 +157,7 @@ def test_dropped_experts_are_gone_and_kept_ones_still_run(tiny, tiny_store) -> N
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(whole) -> None:
     request = Request("r", [5] * 300, 0, Silent())
-    with pytest.raises(ContextTooLong, match="300 tokens.*256"):
+    with pytest.raises(ContextTooLong, match=r"300 tokens.*256"):
         whole.admit(request, None)
 
 

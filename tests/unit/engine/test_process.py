@@ -8,6 +8,7 @@ import pytest
 
 from tests.harness.engine import NODE, Engine, swarm_of
 
+
 @pytest.fixture
 def agent(tiny_store):
     made = Engine(tiny_store.root)
