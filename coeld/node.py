@@ -27,7 +27,7 @@ from coeld.events import (
     Tick,
 )
 from coeld.ids import Lot, NodeId
-from coeld.messages import Record
+from coeld.messages import Claim, Record
 from coeld.node_config import NodeConfig
 from coeld.node_status import describe
 from coeld.perception.perceive import Perception
@@ -148,10 +148,10 @@ class Node:
             self.perception.tell(claims=self._bundle(self.demand, rivals))
             self._market_moved(now)
 
-    def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Any, ...]:
-        speed = self.perception.me.kernel_mb_per_s
-        fresh, held = (value_ns(demand.lot_bytes, speed, keeps) for keeps in (False, True))
-        keeps = self.migration.keeps
+    def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
+        """This device's claims, at what a lot is worth to it held and not held."""
+        me, keeps = self.perception.me, self.migration.keeps
+        fresh, held = (value_ns(demand.lot_bytes, me.kernel_mb_per_s, has) for has in (False, True))
         return bundle(
             self.node_id,
             self._lots,
@@ -204,9 +204,8 @@ class Node:
     def _swap(self, table: RouteTable | None) -> None:
         if table is not None:
             self._out.append(SwapRoutes(table))
-            self.perception.tell(
-                urgent=False, epoch=table.epoch, fingerprint=self.switchover.fingerprint
-            )
+            fingerprint = self.switchover.fingerprint
+            self.perception.tell(urgent=False, epoch=table.epoch, fingerprint=fingerprint)
         self._seen_marks = self.perception.marks
 
     # ---- events in detail ------------------------------------------------------------------
@@ -254,12 +253,8 @@ class Node:
         self._bid_wanted = True
         self._touch()
         if known:
-            self._out.append(
-                Report(
-                    f"{len(known)} lots could not be loaded ({why}): others may take them, next"
-                    f" attempt here in {wait_s:.0f} s"
-                )
-            )
+            text = f"{len(known)} lots could not be loaded ({why}): others may take them,"
+            self._out.append(Report(f"{text} next attempt here in {wait_s:.0f} s"))
 
     # ---- views -----------------------------------------------------------------------------
 

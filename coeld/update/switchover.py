@@ -46,10 +46,11 @@ class Switchover:
     ) -> RouteTable | None:
         """The new table if it differs from the one in use, by content or epoch.
 
-        `records` are those of all present devices; `winners` the owners the auction chose.
+        `records` are those of all present devices; `winners` the owners the auction chose. Every
+        device with the model gets an address, owner or not: it may call as a decoder.
         """
         serving = [record for record in records if record.model == demand.model]
-        addresses = {r.origin: (r.data_host, r.data_port) for r in serving if r.serving}
+        addresses = {record.origin: (record.data_host, record.data_port) for record in serving}
         owners = self._owners(demand, serving, suspects, winners)
         fingerprint = _fingerprint(demand, owners, addresses, missing_bytes)
         epoch = self._agree(fingerprint, serving)
