@@ -132,12 +132,12 @@ def request(path: Path, method: str, target: str) -> dict[str, Any]:
         return value
 
 
-def stream(path: Path, prompt: str) -> Iterator[dict[str, Any]]:
+def stream(path: Path, prompt: str, tokens: int = ANSWER_TOKENS) -> Iterator[dict[str, Any]]:
     """The chunks of a streamed chat completion."""
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": ANSWER_TOKENS,
+        "max_tokens": tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -194,18 +194,23 @@ def ask(device: Device, prompt: str, at_token: int = -1, then: Any = None) -> st
     return text
 
 
+def covered(status: dict[str, Any]) -> bool:
+    """Does this device know an owner for every expert?"""
+    routes = status["node"]["routes"]
+    return bool(0 < routes["total"] == routes["covered"])
+
+
 def settled(devices: list[Device], members: int) -> bool:
     """Everybody sees `members` devices, everything is covered, all agree on the routes."""
     views = [device.status() for device in devices]
     prints = set()
     for view in views:
-        if view is None:
+        if view is None or not covered(view):
             return False
-        routes = view["node"]["routes"]
         alive = [m for m in view["node"]["members"] if m["status"] == "alive"]
-        if not 0 < routes["total"] == routes["covered"] or len(alive) != members:
+        if len(alive) != members:
             return False
-        prints.add(routes["fingerprint"])
+        prints.add(view["node"]["routes"]["fingerprint"])
     return len(prints) == 1
 
 

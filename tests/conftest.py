@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny imported model for every test, the real one where it is installed."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from coeld.engine.sessions import use_threads
 from coeld.model.importer import import_gguf
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store, default_store
+from tests.harness.mosquitto import Mosquitto
 from tests.reference.tiny_gguf import write_tiny_llama
 
 REAL_MODEL = "smollm2-135m-instruct"
@@ -44,3 +46,11 @@ def real_store() -> Store:
     if REAL_MODEL not in store.names():
         pytest.skip(f"{REAL_MODEL} is not in {default_store()}: coeld model add {REAL_MODEL}")
     return store
+
+
+@pytest.fixture
+def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
+    broker = Mosquitto(tmp_path)
+    broker.start()
+    yield broker
+    broker.stop()

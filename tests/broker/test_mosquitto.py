@@ -2,11 +2,7 @@
 
 import asyncio
 import contextlib
-import shutil
 import socket
-import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -20,54 +16,9 @@ from coeld.net.mqtt_topics import Card, Topics
 from tests.fakes.agents import Device, running
 from tests.fakes.bus import Station, eventually, linked
 from tests.fakes.fake_model import install
+from tests.harness.mosquitto import Mosquitto
 
-MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
-
-pytestmark = [
-    pytest.mark.broker,
-    pytest.mark.skipif(not MOSQUITTO, reason="mosquitto is not installed: apt install mosquitto"),
-]
-
-
-class Mosquitto:
-    """One broker process on a port that stays the same over restarts."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = server.getsockname()[1]
-        self.url = f"mqtt://127.0.0.1:{self.port}"
-        self.brokers = (("127.0.0.1", self.port),)
-        self.config = folder / f"mosquitto-{self.port}.conf"
-        self.config.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\n"
-            "set_tcp_nodelay true\npersistence false\n"
-        )
-
-    def start(self) -> None:
-        assert MOSQUITTO
-        self.process = subprocess.Popen(
-            [MOSQUITTO, "-c", str(self.config)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(self.brokers[0], 1):
-                return
-            time.sleep(0.02)
-        raise AssertionError("mosquitto does not listen")
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
-
-
-@pytest.fixture
-def mosquitto(tmp_path: Path) -> Iterator[Mosquitto]:
-    broker = Mosquitto(tmp_path)
-    broker.start()
-    yield broker
-    broker.stop()
+pytestmark = pytest.mark.broker
 
 
 def test_devices_hear_each_other_once_and_privately(mosquitto: Mosquitto) -> None:
