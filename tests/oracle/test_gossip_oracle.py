@@ -1,0 +1,95 @@
+"""Merging records and news of devices: any order and any repetition end in the same state."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from coeld.ids import NodeId
+from coeld.messages import Delta, Digest, DigestEntry, Message, Record, Status
+from coeld.node_config import NodeConfig
+from coeld.perception.membership import Membership, precedence
+from coeld.perception.perceive import Perception
+
+ME = NodeId("ff" * 8)
+PEER = NodeId("ee" * 8)
+
+
+def nodes(count: int) -> list[NodeId]:
+    return [NodeId(f"{index:016x}") for index in range(count)]
+
+
+def random_news(rng: Random, count: int) -> list[DigestEntry]:
+    return [
+        DigestEntry(
+            rng.choice(nodes(4)),
+            rng.randrange(3),
+            rng.randrange(1, 4),
+            rng.randrange(4),
+            Status(rng.randrange(4)),
+        )
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_membership_ends_with_the_largest_news_whatever_its_order(seed: int) -> None:
+    rng = Random(seed)
+    news = random_news(rng, 30)
+    best: dict[NodeId, tuple[int, int, int, bool]] = {}
+    for entry in news:
+        rank = precedence(entry.incarnation, entry.heartbeat, entry.status)
+        best[entry.node] = max(rank, best.get(entry.node, rank))
+    for _ in range(4):
+        shuffled = news + rng.sample(news, 10)
+        rng.shuffle(shuffled)
+        membership = Membership(NodeConfig(), lambda member, before: None)
+        for entry in shuffled:
+            membership.apply(entry, 0.0)
+        found = {
+            m.node: precedence(m.incarnation, m.heartbeat, m.status)
+            for m in membership.members.values()
+        }
+        # Two final states of one life compare by state alone: the heartbeat then says nothing.
+        assert {n: r[:2] for n, r in found.items()} == {n: r[:2] for n, r in best.items()}
+        assert all(found[n] == best[n] for n in found if best[n][1] == 0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_records_end_with_the_newest_whatever_the_order_of_deltas(seed: int) -> None:
+    rng = Random(seed)
+    records = [
+        Record(node, rng.randrange(1, 3), rng.randrange(1, 4), name=rng.choice("ab"))
+        for node in nodes(4)
+        for _ in range(6)
+    ]
+    ends = []
+    for _ in range(4):
+        shuffled: list[Record] = records + rng.sample(records, 8)
+        rng.shuffle(shuffled)
+        perception = Perception(ME, 1, NodeConfig(), Random(0))
+        while shuffled:
+            batch = tuple(shuffled.pop() for _ in range(min(3, len(shuffled))))
+            message: Message = Delta("coeld", PEER, 1, batch)
+            perception.hear(PEER, message, 0.0)
+        ends.append(perception.held)
+    for end in ends:
+        assert end == ends[0]
+        for node, record in end.items():
+            versions = [(r.incarnation, r.seq) for r in records if r.origin == node]
+            assert (record.incarnation, record.seq) == max(versions)
+
+
+def test_hearing_the_same_twice_changes_nothing() -> None:
+    perception = Perception(ME, 1, NodeConfig(), Random(0))
+    record = Record(PEER, 1, 1, name="peer")
+    messages: list[Message] = [
+        Delta("coeld", PEER, 1, (record, replace(record, origin=nodes(1)[0]))),
+        Digest("coeld", PEER, 1, (DigestEntry(PEER, 1, 1, 5, Status.ALIVE),)),
+    ]
+    for message in messages:
+        perception.hear(PEER, message, 0.0)
+    before = (dict(perception.held), perception.market, perception.supply)
+    for message in messages * 3:
+        perception.hear(PEER, message, 0.0)
+    assert (perception.held, perception.market, perception.supply) == before
