@@ -11,10 +11,11 @@ from dataclasses import replace
 
 from coeld.view import Resources
 
-BUDGET_SHARE = 0.10
+BUDGET_SHRINK = 0.10
+BUDGET_GROWTH = 0.25  # less memory is urgent, more is not; the band is wider than noise of ±10 %
 LOAD_POINTS = 20
 SPEED_STEP = 1.5
-SPEED_BAND = 0.75  # steps: half a step rounds, a quarter more is hysteresis
+SPEED_BAND = 1.1  # steps: half a step is rounding, the rest is wider than noise of ±10 %
 
 
 def stepped_speed(kernel_mb_per_s: int) -> int:
@@ -46,9 +47,10 @@ def _speed_moved(told: Resources, fresh: Resources) -> bool:
 
 
 def _matters(told: Resources, fresh: Resources) -> bool:
-    budget_moved = abs(fresh.memory_budget_bytes - told.memory_budget_bytes)
+    before, budget = told.memory_budget_bytes, fresh.memory_budget_bytes
     return (
-        budget_moved > BUDGET_SHARE * told.memory_budget_bytes
+        budget < before * (1 - BUDGET_SHRINK)
+        or budget > before * (1 + BUDGET_GROWTH)
         or abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
         or _speed_moved(told, fresh)
     )

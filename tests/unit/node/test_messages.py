@@ -1,0 +1,144 @@
+"""The edge of the control plane: what is accepted, and that nothing else gets in."""
+
+import json
+from random import Random
+
+import pytest
+
+from coeld.errors import FrameError
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.messages import (
+    LOTS_PER_RECORD_MAX,
+    MESSAGE_BYTES_MAX,
+    Claim,
+    Delta,
+    Digest,
+    DigestEntry,
+    Record,
+    Status,
+    decode,
+    encode,
+)
+
+A, B = NodeId("a" * 16), NodeId("b" * 16)
+RECORD = Record(
+    origin=A,
+    incarnation=3,
+    seq=7,
+    name="pi ünter",
+    mqtt_host="fe80::1%eth0",
+    mqtt_port=1883,
+    memory_budget_bytes=10**9,
+    cpu_load_percent=40,
+    kernel_mb_per_s=3325,
+    model=ModelHash("5e" * 32),
+    data_host="192.168.1.7",
+    data_port=9000,
+    claims=(Claim(Lot(0, 1), 0, 9), Claim(Lot(0, 2), 0, 9), Claim(Lot(0, 3), 1, 9)),
+    serving=(Lot(0, 1), Lot(0, 2), Lot(4, 0)),
+    epoch=12,
+    fingerprint="0123456789abcdef",
+)
+DELTA = Delta("home", A, 3, (RECORD, Record(B, 1, 1)))
+DIGEST = Digest(
+    "home", A, 3, (DigestEntry(A, 3, 7, 99, Status.ALIVE), DigestEntry(B, 1, 0, 0, Status.LEFT))
+)
+
+
+@pytest.mark.parametrize("message", [DELTA, DIGEST, Digest("home", A, 3, (), ask=True)])
+def test_what_is_encoded_is_what_is_decoded(message: Digest | Delta) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_neighbouring_lots_travel_as_one_run() -> None:
+    value = json.loads(encode(DELTA))["records"][0]
+    assert value["claims"] == [[0, 1, 2, 0, 9], [0, 3, 1, 1, 9]]
+    assert value["serving"] == [[0, 1, 2], [4, 0, 1]]
+
+
+def test_the_largest_record_fits_into_a_message() -> None:
+    lots = [Lot(1023, 4095 - LOTS_PER_RECORD_MAX + 1 + i) for i in range(LOTS_PER_RECORD_MAX)]
+    claims = tuple(Claim(lot, i % 2, 2**62 - i) for i, lot in enumerate(lots))
+    serving = tuple(Lot(layer, expert * 2) for layer in range(8) for expert in range(512))
+    record = Record(A, 1, 1, model=ModelHash("5e" * 32), claims=claims, serving=serving)
+    assert decode(encode(Delta("home", A, 1, (record,)))) == Delta("home", A, 1, (record,))
+
+
+def change(path: list[str | int], to: object) -> bytes:
+    """The delta with one value replaced."""
+    value = json.loads(encode(DELTA))
+    place = value
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = to
+    return json.dumps(value).encode()
+
+
+BAD = {
+    "no json": b"{",
+    "not utf-8": b"\xff\xfe{}",
+    "a list": b"[]",
+    "NaN": b'{"v": NaN}',
+    "deep": b"[" * 100_000,
+    "a number too long to read": b'{"v": ' + b"9" * 5000 + b"}",
+    "too large": b" " * (MESSAGE_BYTES_MAX + 1),
+    "another version": change(["v"], 2),
+    "unknown kind": change(["kind"], 77),
+    "kind of the wrong type": change(["kind"], [1]),
+    "sender upper case": change(["from"], "A" * 16),
+    "sender with newline": change(["from"], "a" * 16 + "\n"),
+    "incarnation negative": change(["inc"], -1),
+    "incarnation true": change(["inc"], True),
+    "incarnation float": change(["inc"], 1.0),
+    "incarnation huge": change(["inc"], 2**60),
+    "name too long": change(["records", 0, "name"], "x" * 65),
+    "name with escape codes": change(["records", 0, "name"], "\x1b[31m"),
+    "name with half a surrogate": change(["records", 0, "name"], "\ud800"),
+    "host with a space": change(["records", 0, "mqtt"], ["a b", 1]),
+    "port too large": change(["records", 0, "mqtt"], ["a", 65536]),
+    "model not a hash": change(["records", 0, "model"], "smollm2"),
+    "load above 100": change(["records", 0, "load"], 101),
+    "records not a list": change(["records"], {}),
+    "record not an object": change(["records", 0], 5),
+    "too many records": change(["records"], [{}] * 65),
+    "run too short": change(["records", 0, "serving"], [[0, 1]]),
+    "run of zero": change(["records", 0, "serving"], [[0, 1, 0]]),
+    "run beyond the last expert": change(["records", 0, "serving"], [[0, 4000, 4000]]),
+    "more lots than allowed": change(["records", 0, "serving"], [[0, 0, 4096], [1, 0, 1]]),
+    "layer too large": change(["records", 0, "serving"], [[1024, 0, 1]]),
+    "lots descending": change(["records", 0, "serving"], [[1, 0, 1], [0, 0, 1]]),
+    "lots overlapping": change(["records", 0, "serving"], [[0, 0, 2], [0, 1, 1]]),
+    "copy too large": change(["records", 0, "claims"], [[0, 0, 1, 8, 1]]),
+    "bid too large": change(["records", 0, "claims"], [[0, 0, 1, 0, 2**63]]),
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD.keys())
+def test_malformed_messages_are_refused_with_a_frame_error(data: bytes) -> None:
+    with pytest.raises(FrameError):
+        decode(data)
+
+
+def test_a_digest_that_names_a_device_twice_is_refused() -> None:
+    entry = DigestEntry(A, 1, 1, 1, Status.ALIVE)
+    with pytest.raises(FrameError):
+        decode(encode(Digest("home", A, 1, (entry, entry))))
+
+
+def test_fields_of_a_newer_version_are_ignored() -> None:
+    assert decode(change(["records", 0, "gpu"], {"vram": 1})) == DELTA
+
+
+def test_ten_thousand_damaged_messages_raise_frame_errors_and_nothing_else() -> None:
+    rng = Random(1)
+    originals = [encode(DELTA), encode(DIGEST)]
+    for _ in range(10_000):
+        data = bytearray(rng.choice(originals))
+        for _ in range(rng.randrange(1, 4)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        try:
+            message = decode(bytes(data))
+        except FrameError:
+            continue
+        assert decode(encode(message)) == message

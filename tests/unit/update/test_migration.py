@@ -1,0 +1,101 @@
+"""Make before break, never above the budget, and the order in which room is made."""
+
+from collections.abc import Collection
+
+import pytest
+
+from coeld.ids import Lot
+from coeld.update.migration import TRANSITIONS, LotState, Migration, Move, Plan, Wish
+
+LOTS = [Lot(layer, e) for layer in range(4) for e in range(2)]
+
+
+def wish(
+    won: dict[Lot, int], elsewhere: Collection[Lot] = (), capacity: int = 8, settled: bool = True
+) -> Wish:
+    return Wish(won, set(elsewhere), capacity, urgent=True, settled=settled)
+
+
+def holding(lots: Collection[Lot]) -> Migration:
+    migration = Migration(batch_bytes=10**9)
+    migration.apply(Move.LOAD, lots)
+    migration.apply(Move.LOADED, lots)
+    return migration
+
+
+def test_the_table_has_no_way_from_loading_to_draining() -> None:
+    assert (LotState.LOADING, Move.DROP) not in TRANSITIONS
+    migration = Migration(1)
+    with pytest.raises(KeyError):
+        migration.apply(Move.LOADED, LOTS[:1])
+
+
+def test_lots_that_nobody_serves_are_loaded_first_and_replicas_when_settled() -> None:
+    migration = Migration(10**9)
+    want = wish({LOTS[0]: 1, LOTS[1]: 0, LOTS[2]: 0}, elsewhere=[LOTS[0], LOTS[2]])
+    assert migration.plan(want, 1) == Plan(load=(LOTS[1],))
+    assert migration.plan(want, 1) == Plan()
+    migration.apply(Move.LOADED, [LOTS[1]])
+    assert migration.plan(want, 1) == Plan(load=(LOTS[2], LOTS[0]))
+
+
+def test_replicas_wait_until_the_auction_has_settled() -> None:
+    migration = Migration(10**9)
+    want = wish({LOTS[0]: 1}, elsewhere=[LOTS[0]], settled=False)
+    assert migration.plan(want, 1) == Plan()
+
+
+def test_batches_are_bounded_by_bytes_but_hold_at_least_one_lot() -> None:
+    migration = Migration(batch_bytes=300)
+    won = dict.fromkeys(LOTS, 0)
+    assert len(migration.plan(wish(won), 100).load) == 3
+    assert len(Migration(1).plan(wish(won), 100).load) == 1
+
+
+def test_a_lot_that_another_won_is_kept_until_that_device_serves_it() -> None:
+    migration = holding(LOTS[:2])
+    assert migration.plan(wish({LOTS[0]: 0}), 1) == Plan()
+    assert migration.plan(wish({LOTS[0]: 0}, elsewhere=[LOTS[1]]), 1) == Plan(drop=(LOTS[1],))
+
+
+def test_room_for_a_hole_costs_replicas_before_it_opens_another_hole() -> None:
+    migration = holding(LOTS[:3])
+    want = wish({LOTS[1]: 1, LOTS[2]: 0, LOTS[3]: 0}, elsewhere=[LOTS[1]], capacity=3)
+    assert migration.plan(want, 1).drop == (LOTS[1],)
+    migration = holding(LOTS[:3])
+    want = wish({LOTS[1]: 0, LOTS[2]: 0, LOTS[3]: 0}, capacity=3)
+    assert migration.plan(want, 1).drop == (LOTS[0],)
+
+
+def test_nothing_is_loaded_before_the_drained_lots_are_gone() -> None:
+    migration = holding(LOTS[:2])
+    want = wish({LOTS[1]: 0, LOTS[2]: 0}, capacity=2)
+    assert migration.plan(want, 1) == Plan(drop=(LOTS[0],))
+    assert migration.plan(want, 1) == Plan()
+    migration.apply(Move.DROPPED, [LOTS[0]])
+    assert migration.plan(want, 1) == Plan(load=(LOTS[2],))
+
+
+def test_a_move_that_serves_nobody_new_does_not_open_a_hole() -> None:
+    migration = holding(LOTS[:2])
+    want = wish({LOTS[1]: 0, LOTS[2]: 0}, elsewhere=[LOTS[2]], capacity=2)
+    assert migration.plan(want, 1) == Plan()
+
+
+def test_a_shrunken_budget_is_obeyed_at_once() -> None:
+    migration = holding(LOTS[:4])
+    want = wish({LOTS[0]: 0, LOTS[1]: 0}, capacity=2, settled=False)
+    assert migration.plan(want, 1).drop == (LOTS[2], LOTS[3])
+    assert migration.plan(want, 1).drop == ()
+
+
+def test_failed_lots_are_tried_again_later_and_later() -> None:
+    migration = Migration(1)
+    waits = []
+    for _ in range(10):
+        migration.apply(Move.LOAD, LOTS[:1])
+        waits.append(migration.failed(LOTS[:1], now=0.0))
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert migration.barred(59.0) == {LOTS[0]}
+    assert migration.retry_at(0.0) == 60.0
+    assert migration.barred(60.0) == set()
