@@ -70,7 +70,8 @@ class Calibration:
 
     def _norm(self, weight: NDArray[np.float32]) -> Doubles:
         mean_square = np.mean(self._x**2, axis=-1, keepdims=True)
-        return self._x / np.sqrt(mean_square + self._shape.norm_epsilon) * weight
+        normed: Doubles = self._x / np.sqrt(mean_square + self._shape.norm_epsilon) * weight
+        return normed
 
     def _attend(self, normed: Doubles, layer: Layer) -> Doubles:
         """Causal attention over the whole text: (tokens, heads * head_dim)."""
