@@ -137,7 +137,7 @@ class World:
         self._links |= {(device.id, seed) for seed in self.seeds if seed != device.id}
         spec = device.spec
         resources = Resources(spec.budget_bytes, spec.budget_bytes, 5, spec.kernel_mb_per_s)
-        self._feed(device, ResourcesSampled(resources))
+        self.feed(device, ResourcesSampled(resources))
         self._later(engine_after_s, lambda life=device.life: self.start_engine(device, life))  # type: ignore[misc]
 
     def start_all(self) -> None:
@@ -148,7 +148,7 @@ class World:
         if device.node is not None and device.life == life and not device.engine:
             device.engines += 1
             device.engine = device.engines
-            self._feed(device, EngineStarted(self.demand, f"{device.id}.local", 9000))
+            self.feed(device, EngineStarted(self.demand, f"{device.id}.local", 9000))
 
     def crash(self, device: Device, noticed: bool = True) -> None:
         """kill -9 of everything on a device; `noticed`: links are reset, else it just goes dark."""
@@ -164,7 +164,7 @@ class World:
     def crash_engine(self, device: Device, restart_after_s: float = 1.0) -> None:
         if device.node is not None and device.engine:
             self._empty(device)
-            self._feed(device, EngineStopped())
+            self.feed(device, EngineStopped())
             self._later(restart_after_s, lambda life=device.life: self.start_engine(device, life))  # type: ignore[misc]
 
     def leave(self, device: Device) -> None:
@@ -205,7 +205,7 @@ class World:
         self._count += 1
         heapq.heappush(self._heap, (self.now + delay_s, self._count, action))
 
-    def _feed(self, device: Device, event: Event) -> None:
+    def feed(self, device: Device, event: Event) -> None:
         if device.node is None:
             return
         self._trace.update(f"{self.now:.9f} {device.id} {type(event).__name__}\n".encode())
@@ -225,7 +225,7 @@ class World:
             if device.node is not None and device.life == life and device.tick_at == at:
                 device.tick_at = -1.0
                 if device.node.deadline <= self.now:
-                    self._feed(device, Tick())
+                    self.feed(device, Tick())
                 else:
                     self._wake(device)
 
@@ -271,13 +271,13 @@ class World:
 
     def _arrive(self, sender: NodeId, to: NodeId, data: bytes) -> None:
         if self._connected(sender, to):
-            self._feed(self.devices[to], MessageReceived(sender, decode(data)))
+            self.feed(self.devices[to], MessageReceived(sender, decode(data)))
 
     def _connected(self, a: NodeId, b: NodeId) -> bool:
         return self._split.get(a, 0) == self._split.get(b, 0)
 
     def _lost(self, who: NodeId, node: NodeId) -> None:
-        self._feed(self.devices[who], NeighbourLost(node))
+        self.feed(self.devices[who], NeighbourLost(node))
 
     # ---- engines ---------------------------------------------------------------------------
 
@@ -313,16 +313,16 @@ class World:
     def _loaded(self, device: Device, lots: tuple[Lot, ...]) -> None:
         device.loading -= set(lots)
         device.serving |= set(lots)
-        self._feed(device, LotsLoaded(lots))
+        self.feed(device, LotsLoaded(lots))
 
     def _failed(self, device: Device, lots: tuple[Lot, ...]) -> None:
         device.loading -= set(lots)
-        self._feed(device, LoadFailed(lots, "simulated read error"))
+        self.feed(device, LoadFailed(lots, "simulated read error"))
 
     def _dropped(self, device: Device, lots: tuple[Lot, ...]) -> None:
         device.draining -= set(lots)
         device.left_memory |= dict.fromkeys(lots, self.now)
-        self._feed(device, LotsDropped(lots))
+        self.feed(device, LotsDropped(lots))
 
 
 def _ids(seed: int, count: int) -> list[NodeId]:

@@ -75,9 +75,8 @@ def settle(bidders: list[Bidder], rng: Random) -> int:
         if rng.random() < 0.5 or not in_flight:
             bidder = rng.choice(bidders)
             if bidder.rebid() or rng.random() < 0.3:
-                for other in bidders:
-                    if other is not bidder and rng.random() > 0.2:
-                        in_flight.append((other, bidder.record))
+                reached = [b for b in bidders if b is not bidder and rng.random() > 0.2]
+                in_flight += [(other, bidder.record) for other in reached]
         else:
             other, record = rng.choice(in_flight)
             other.hear(record)
