@@ -6,12 +6,13 @@ table. (Compression works in the data path.) The same code runs in the daemon an
 simulator: the same events at the same times with the same Random give the same effects.
 """
 
+from collections import Counter
 from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import Quiet, owners, unclaimed
-from coeld.deployment.pricing import bid, capacity, value_ns
+from coeld.deployment.pricing import bid, capacity, claimable, value_ns
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
     CallFailed,
@@ -150,14 +151,17 @@ class Node:
 
     def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
         """This device's claims, at what a lot is worth to it held and not held."""
-        me, keeps = self.perception.me, self.migration.keeps
-        fresh, held = (value_ns(demand.lot_bytes, me.kernel_mb_per_s, has) for has in (False, True))
+        speed = self.perception.me.kernel_mb_per_s
+        fresh, held = (value_ns(demand.lot_bytes, speed, has) for has in (False, True))
+        kept = Counter(lot.layer for lot in self._lots if self.migration.keeps(lot))
+        whole = {layer for layer, count in kept.items() if count == demand.experts}
+        rooms = [capacity(record.memory_budget_bytes, demand) for record in self._market()]
         return bundle(
             self.node_id,
             self._lots,
-            lambda lot: bid(self.node_id, lot.layer, held if keeps(lot) else fresh),
+            lambda lot: bid(self.node_id, lot.layer, held if lot.layer in whole else fresh),
             rivals,
-            self._capacity(),
+            claimable(self._capacity(), rooms, demand),
             self.config.replicas_max,
             self._barred,
         )

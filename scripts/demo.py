@@ -32,7 +32,7 @@ ANSWER_TOKENS = 160
 KILL_AT_TOKEN = 25
 
 
-class Failed(Exception):  # noqa: N818 - reads as "the demo failed"
+class Failed(Exception):
     """The demo did not show what it promises."""
 
 

@@ -6,18 +6,16 @@ share it: its sum has the bits that one device alone would compute. Partial sums
 order differ in the last bit, which int8 rounding of activations amplifies to the size of its own
 error (median 0.17 in a logit of SmolLM2), enough to flip near-ties in greedy decoding.
 
-Owners are stateless, so a failed call is simply made again: at another owner, here if the lot has
-been loaded meanwhile, or at whoever the next route table names. Only when nobody holds an expert
-for `patience_s` does the request fail.
+Owners are stateless, so a layer that failed is simply asked again: another owner, this device if
+the lots have been loaded meanwhile, or whoever the next route table names. Only when nobody holds
+an expert for `patience_s` does the request fail.
 """
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
-
-import numpy as np
 
 from coeld.datapath.ports import Call, ExpertRunner, PeerLink, Rows
 from coeld.datapath.request import Cancelled, Request
@@ -64,6 +62,15 @@ class RouteBoard:
         self._changed.notify_all()
 
 
+@dataclass(frozen=True, slots=True)
+class _Shares:
+    """Who runs which experts of a layer; peers in the order of their lowest expert."""
+
+    here: frozenset[int]
+    calls: Mapping[NodeId, frozenset[int]]
+    addresses: Mapping[NodeId, tuple[str, int]]
+
+
 @dataclass(slots=True)
 class Dispatcher:
     """Runs cut layers. One thread (the decoder's)."""
@@ -71,129 +78,123 @@ class Dispatcher:
     me: NodeId
     experts: int
     """Per layer."""
-    lot_bytes: int
     runner: ExpertRunner
     peers: PeerLink
     board: RouteBoard
     patience_s: float
     on_failure: Callable[[NodeId, PeerError], None]
     """Told about each failed call, so that the control plane can suspect the peer."""
+    failures: int = 0
+    """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
 
     def run(self, layer: int, x: Rows, request: Request) -> Rows:
         """Sum over all experts of the layer on x (n, H). Raises NotCovered, Cancelled."""
-        total = np.zeros_like(x)
-        todo = set(range(self.experts))
         waiting_since: float | None = None
         while True:
-            version = self.board.version
-            again = self._attempt(layer, x, todo, total)
-            if not todo:
+            version, failures = self.board.version, self.failures
+            total = self._attempt(layer, x)
+            if total is not None:
                 break
-            if again:
-                continue
+            if self.failures > failures:
+                continue  # a peer failed that had not just failed: another may do
             now = time.monotonic()
             waiting_since = now if waiting_since is None else waiting_since
-            self._wait(layer, todo, version, waiting_since + self.patience_s - now, request)
+            self._wait(layer, version, waiting_since + self.patience_s - now, request)
         if waiting_since is not None:
             request.stalls_s.append(time.monotonic() - waiting_since)
         return total
 
-    def _attempt(self, layer: int, x: Rows, todo: set[int], total: Rows) -> bool:
-        """One round: call every owner, run what is here, collect.
+    def _attempt(self, layer: int, x: Rows) -> Rows | None:
+        """Call every owner, run what is here, collect: the sum, or None if any part is missing.
 
-        Shrinks `todo`, adds to `total`. True when another round at once may get further: an owner
-        failed for the first time in a while, so that the next round asks another.
+        Never keeps a part: the whole layer is asked again, so that a failure leaves no trace in
+        the order of additions.
         """
-        failures = 0
-        here, groups = self._share(layer, todo)
-        calls: list[tuple[NodeId, frozenset[int], Call]] = []
-        for node, address, experts in groups:
+        shares = self._share(layer)
+        if shares is None:
+            return None
+        parts: list[Rows | None] = []
+        calls: list[tuple[NodeId, Call]] = []
+        for node, experts in shares.calls.items():
             try:
-                call = self.peers.call(node, address, layer, experts, x)
+                address = shares.addresses[node]
+                calls.append((node, self.peers.call(node, address, layer, experts, x)))
             except PeerError as exc:
-                failures += self._fail(node, exc)
-            else:
-                calls.append((node, experts, call))
-        if here:
-            self._run_here(layer, here, x, todo, total)
-        for node, experts, call in calls:
+                self._fail(node, exc)
+                parts.append(None)
+        if shares.here:
+            parts.append(self._run_here(layer, shares.here, x))
+        for node, call in calls:
             try:
-                total += call.result()
+                parts.append(call.result())
             except PeerError as exc:
-                failures += self._fail(node, exc)
-            else:
-                todo -= experts
-                self._failed_at.pop(node, None)
-        return failures > 0
+                self._fail(node, exc)
+                parts.append(None)
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            return None
+        return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0].copy())
 
-    def _run_here(
-        self, layer: int, here: Collection[int], x: Rows, todo: set[int], total: Rows
-    ) -> None:
+    def _run_here(self, layer: int, here: Collection[int], x: Rows) -> Rows | None:
         try:
-            total += self.runner.run(layer, here, x)
+            return self.runner.run(layer, here, x)
         except PeerError:
-            return  # dropped between the look and the run: the next round goes elsewhere
-        todo -= set(here)
+            return None  # dropped between the look and the run: the next attempt goes elsewhere
 
-    def _share(
-        self, layer: int, todo: set[int]
-    ) -> tuple[frozenset[int], list[tuple[NodeId, tuple[str, int], frozenset[int]]]]:
-        """Who runs what: the experts to run here, and the calls to make.
+    def _share(self, layer: int) -> "_Shares | None":
+        """Who runs what, or None while some expert has no owner that can be asked.
 
         Whole if one device can; otherwise local experts here and each other expert at its first
-        owner. Owners that just failed come last.
+        owner.
         """
-        here, table = self.runner.here(layer) & todo, self.board.table
-        if here == todo or table is None:
-            return here, []
-        owners = {expert: self._owners(table, Lot(layer, expert)) for expert in sorted(todo)}
-        for node in next(iter(owners.values())):
-            if all(node in nodes for nodes in owners.values()) and not self._cooling(node):
-                return frozenset(), [(node, table.addresses[node], frozenset(todo))]
-        groups: dict[NodeId, set[int]] = {}
-        for expert, nodes in owners.items():
-            if nodes and expert not in here:
-                groups.setdefault(nodes[0], set()).add(expert)
-        calls = [(node, table.addresses[node], frozenset(mine)) for node, mine in groups.items()]
-        return here, calls
+        everything = frozenset(range(self.experts))
+        here, table = self.runner.here(layer), self.board.table
+        if here == everything or table is None:
+            return _Shares(here, {}, {}) if here == everything else None
+        owners = {expert: self._owners(table, Lot(layer, expert)) for expert in range(self.experts)}
+        for node in owners[0]:
+            if all(node in nodes for nodes in owners.values()):
+                return _Shares(frozenset(), {node: everything}, table.addresses)
+        calls: dict[NodeId, frozenset[int]] = {}
+        for expert in sorted(everything - here):
+            if not owners[expert]:
+                return None
+            node = owners[expert][0]
+            calls[node] = calls.get(node, frozenset()) | {expert}
+        return _Shares(here, calls, table.addresses)
 
     def _owners(self, table: RouteTable, lot: Lot) -> list[NodeId]:
-        """Owners that can be called, those that did not just fail first."""
+        """Owners that can be called; those that just failed only if there is no other."""
         nodes = [
             node for node in table.owners_of(lot) if node != self.me and node in table.addresses
         ]
-        return sorted(nodes, key=self._cooling)
+        return [node for node in nodes if not self._cooling(node)] or nodes
 
-    def _fail(self, node: NodeId, exc: PeerError) -> bool:
-        """Note a failure. True if this peer was not already cooling down."""
-        fresh = not self._cooling(node)
+    def _fail(self, node: NodeId, exc: PeerError) -> None:
+        self.failures += not self._cooling(node)
         self._failed_at[node] = time.monotonic()
         self.on_failure(node, exc)
-        return fresh
 
     def _cooling(self, node: NodeId) -> bool:
         failed = self._failed_at.get(node)
         return failed is not None and time.monotonic() - failed < COOLDOWN_S
 
-    def _wait(
-        self, layer: int, todo: set[int], version: int, left_s: float, request: Request
-    ) -> None:
+    def _wait(self, layer: int, version: int, left_s: float, request: Request) -> None:
         if request.cancelled.is_set():
             raise Cancelled
         if left_s <= 0:
-            raise self._not_covered(layer, todo)
+            raise self._not_covered(layer)
         self.board.wait(version, min(left_s, WAIT_S_MAX))
 
-    def _not_covered(self, layer: int, todo: set[int]) -> NotCovered:
+    def _not_covered(self, layer: int) -> NotCovered:
         missing = self.board.table.missing_bytes if self.board.table else 0
         if missing:
             return not_covered(missing)
         return NotCovered(
-            f"No device answered for {len(todo)} experts of layer {layer} within "
-            f"{self.patience_s:g} s: the swarm is re-organising or a link is down. See coeld "
-            "status, and ask again.",
-            len(todo) * self.lot_bytes,
+            f"Experts of layer {layer} could not be reached for {self.patience_s:g} s: the swarm "
+            "is re-organising or a link is down. See coeld status, and ask again.",
+            0,
         )
 
 

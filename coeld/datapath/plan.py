@@ -9,7 +9,7 @@ Why a lot that peers call is not fused: ONNX Runtime repacks weights per session
 expert in a graph of its own and inside a fused graph would be held twice.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from coeld.ids import Lot, NodeId
@@ -69,7 +69,7 @@ def fusible_layers(
     return frozenset()
 
 
-def describe(steps: tuple[Step, ...]) -> str:
+def describe(steps: Sequence[Step]) -> str:
     """One line for people: how many graphs, which layers are cut."""
     spans = sum(isinstance(step, Span) for step in steps)
     cuts = len(steps) - spans

@@ -13,8 +13,8 @@ from coeld.errors import CoeldError
 FinishReason = Literal["stop", "length"]
 
 
-class Cancelled(Exception):  # noqa: N818 - not an error: the caller gave up
-    """The request was cancelled while it waited."""
+class Cancelled(Exception):
+    """The request was cancelled while it waited: not an error, the caller gave up."""
 
 
 class Listener(Protocol):

@@ -1,14 +1,16 @@
 """What this device can hold and what a lot is worth to it: integers, from measured figures. Pure.
 
 A lot's value is the time that owning it here saves per token against reading it from the slowest
-disk each time, in nanoseconds: bytes / disk speed − bytes / kernel speed. Whoever holds the lot
-already counts its own cost as a fifth less, so another must be 25 % faster to take it: moving is
-not free, and this keeps noise from moving anything. Below the value, 16 bits of a rendezvous hash
-of device and *layer* break ties: equal devices get whole layers, which cuts a model in few
-places, and the choice stays the same when others join or leave.
+disk each time, in nanoseconds: bytes / disk speed − bytes / kernel speed. Whoever holds all of a
+layer already counts its own cost as a fifth less, so another must be 25 % faster to take it:
+moving is not free, and this keeps noise from moving anything; a layer that is torn between devices
+has no such tie and comes together again. Below the value, 16 bits of a rendezvous hash of device
+and *layer* break ties: equal devices get whole layers, and the choice stays the same when others
+join or leave.
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import lru_cache
 
 from coeld.ids import NodeId
@@ -26,6 +28,20 @@ def capacity(memory_budget_bytes: int, demand: ModelDemand) -> int:
     """How many lots fit beside the trunk. The budget counts bytes of weights, not resident size."""
     lots = (memory_budget_bytes - demand.trunk_bytes) // max(1, demand.lot_bytes)
     return max(0, min(lots, LOTS_PER_RECORD_MAX))
+
+
+def claimable(mine: int, everybody: Iterable[int], demand: ModelDemand) -> int:
+    """How many of the lots it has room for a device should claim; `everybody`: rooms, mine too.
+
+    Only whole layers, as long as the whole layers of all devices cover the model: a layer that is
+    together costs one call and gives the bits of a single device (see coeld.datapath.dispatch).
+    """
+
+    def whole(lots: int) -> int:
+        return lots // demand.experts * demand.experts
+
+    enough = sum(map(whole, everybody)) >= demand.layers * demand.experts
+    return whole(mine) if enough else mine
 
 
 def value_ns(lot_bytes: int, kernel_mb_per_s: int, held: bool) -> int:

@@ -154,7 +154,7 @@ def _attention(
         graph.add("SkipSimplifiedLayerNormalization", [residual, x, norm1], names, epsilon=eps)
         residual = p + "r"
     graph.matmul(p + "n", p + "qkv", p + "qkv", [t], "qkv")
-    cache = [1, shape.kv_heads, "capacity", shape.head_dim]
+    cache: list[str | int] = [1, shape.kv_heads, "capacity", shape.head_dim]
     k, v = f"k{layer}", f"v{layer}"
     for name in (k, v):
         graph.take(name, F32, cache)
@@ -215,8 +215,8 @@ def _with_remainder(graph: Graph, x: str, width: int, block: int) -> str:
     graph.constant("blocks", np.array([-1, width // block, block], np.int64))
     graph.constant("flat", np.array([-1, width], np.int64))
     graph.constant("last", np.array([-1], np.int64))
-    graph.constant("step", np.float32([1 / 127]))
-    graph.constant("tiny", np.float32([1e-30]))
+    graph.constant("step", np.array([1 / 127], np.float32))
+    graph.constant("tiny", np.array([1e-30], np.float32))
     graph.add("Reshape", [x, "blocks"], ["b"])
     graph.add("Abs", ["b"], ["size"])
     graph.add("ReduceMax", ["size", "last"], ["loudest"], keepdims=1)

@@ -48,7 +48,6 @@ class OpenModel:
         self.dispatcher = Dispatcher(
             me=me,
             experts=manifest.shape.experts,
-            lot_bytes=manifest.demand().lot_bytes,
             runner=self.experts,
             peers=peers,
             board=self.board,

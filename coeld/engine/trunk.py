@@ -14,6 +14,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from coeld.datapath.plan import Span, Step
+from coeld.datapath.ports import Cache, Rows
 from coeld.engine.graphs import span_graph
 from coeld.engine.kvcache import KVCache
 from coeld.engine.sessions import give_memory_back, make_session
@@ -69,11 +70,12 @@ class Trunk:
                 )
         give_memory_back()
 
-    def begin(self, cache: KVCache, tokens: Sequence[int], rows: Sequence[int]) -> None:
+    def begin(self, cache: Cache, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Start a pass over `tokens`, which follow what the cache holds.
 
         `rows`: indices into `tokens` whose logits are wanted (at least one).
         """
+        assert isinstance(cache, KVCache)
         count = len(tokens)
         cache.reserve(cache.length + count)
         if self._many.rows != count:
@@ -85,7 +87,7 @@ class Trunk:
             self._pass = _Pass(self, cache, self._many, np.asarray(rows, np.int64))
         self._pass.position = 0
 
-    def run(self, span: Span) -> NDArray[np.float32]:
+    def run(self, span: Span) -> Rows:
         """The next span. Returns its normed rows (n, H), or the logits (m, V) if it has the head.
 
         The result is a view that the next pass overwrites.
@@ -100,7 +102,8 @@ class Trunk:
     def _embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         w, s = self._embedding
         ids = np.asarray(tokens, np.int64)
-        return ((w[ids].astype(F32) - 128) * s[ids][..., None]).reshape(len(ids), -1)
+        rows: Rows = (w[ids].astype(F32) - 128) * s[ids][..., None]
+        return rows.reshape(len(ids), -1)
 
     def _rope(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """cos and sin (context, head_dim / 2) of rotary position embedding (Su et al., 2021)."""
@@ -137,7 +140,8 @@ class _Pass:
             binding = self._bindings[span] = self._bind(span, session, self.position % 2)
         session.run_with_iobinding(binding)
         self.position += 1
-        return self._logits[0] if span.head else self._buffers.normed[0]
+        out: Rows = self._logits[0] if span.head else self._buffers.normed[0]
+        return out
 
     def _bind(self, span: Span, session: ort.InferenceSession, parity: int) -> Any:
         trunk, buffers, io = self._trunk, self._buffers, session.io_binding()

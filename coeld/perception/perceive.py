@@ -327,7 +327,7 @@ class Perception:
 
 
 def _market(record: Record) -> tuple[object, ...]:
-    return record.incarnation, record.model, record.claims
+    return record.incarnation, record.model, record.claims, record.memory_budget_bytes
 
 
 def _supply(record: Record) -> tuple[object, ...]:

@@ -142,7 +142,7 @@ class Migration:
         if not self._in(LotState.LOADING):
             wanted = holes or rest
             batch = max(1, self._batch_bytes // max(1, lot_bytes))
-            load = wanted[: max(0, min(room, batch))]
+            load = wanted[: _to_layer_end(wanted, min(room, batch), room)]
             self.apply(Move.LOAD, load)
         return Plan(tuple(sorted(drop)), tuple(load))
 
@@ -185,3 +185,10 @@ class Migration:
         ceiling = 3 if holes else 4  # for a hole of ours never open one that is ours as well
         ranked = sorted((pain(lot), lot) for lot in victims if pain(lot) <= ceiling)
         return [lot for _, lot in ranked[:count]]
+
+
+def _to_layer_end(lots: list[Lot], count: int, room: int) -> int:
+    """`count`, or as many more as complete the last lot's layer: layers are served whole."""
+    while 0 < count < min(room, len(lots)) and lots[count].layer == lots[count - 1].layer:
+        count += 1
+    return max(0, count)

@@ -94,7 +94,6 @@ def dispatcher(runner, peers, table, patience_s=5.0) -> Dispatcher:
     made = Dispatcher(
         me=ME,
         experts=EXPERTS,
-        lot_bytes=10,
         runner=runner,
         peers=peers,
         board=RouteBoard(),

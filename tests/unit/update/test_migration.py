@@ -45,11 +45,11 @@ def test_replicas_wait_until_the_auction_has_settled() -> None:
     assert migration.plan(want, 1) == Plan()
 
 
-def test_batches_are_bounded_by_bytes_but_hold_at_least_one_lot() -> None:
+def test_batches_are_bounded_by_bytes_but_hold_at_least_one_whole_layer() -> None:
     migration = Migration(batch_bytes=300)
     won = dict.fromkeys(LOTS, 0)
-    assert len(migration.plan(wish(won), 100).load) == 3
-    assert len(Migration(1).plan(wish(won), 100).load) == 1
+    assert migration.plan(wish(won), 100).load == tuple(LOTS[:4])
+    assert Migration(1).plan(wish(won), 100).load == tuple(LOTS[:2])
 
 
 def test_a_lot_that_another_won_is_kept_until_that_device_serves_it() -> None:
