@@ -162,6 +162,15 @@ def test_lots_of_a_dead_owner_are_loaded_within_150_ms_of_its_death() -> None:
     assert set(of(LoadLots, bench.effects)[0].lots) == set(DEMAND.lots())
 
 
+def test_what_a_device_served_in_an_earlier_life_is_void() -> None:
+    bench = Bench()
+    bench.meet(peer(*DEMAND.lots()))
+    bench.feed(EngineStarted(DEMAND, "10.0.0.1", 9000))
+    reborn = DigestEntry(PEER, 2, 0, 1, Status.ALIVE)
+    effects = bench.hear(Digest("coeld", PEER, 2, (reborn,)))
+    assert of(SwapRoutes, effects)[-1].table.owners == {}
+
+
 def test_failed_calls_put_an_owner_last_and_never_kill_it_while_it_beats() -> None:
     bench = Bench()
     bench.meet(peer(*DEMAND.lots()))
