@@ -95,7 +95,7 @@ class DigestEntry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """Published at every heartbeat; sent with `ask` to one device to be told what is newer there."""
+    """Published at every heartbeat; sent with `ask` to one device to hear what is newer there."""
 
     swarm: str
     sender: NodeId
