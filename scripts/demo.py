@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -242,9 +243,10 @@ def free_ports(count: int) -> list[int]:
 def budget_mb(count: int) -> int:
     """Whole megabytes with which all devices but one hold the model, and one alone does not."""
     manifest = Store(Path(os.environ["COELD_STORE"])).manifest(MODEL)
-    experts = manifest.weights_bytes - manifest.trunk_bytes
-    share = experts * 0.6 if count == 2 else experts * 1.02 / (count - 1)
-    return int((manifest.trunk_bytes + share) / 1e6) + 1
+    layers = manifest.shape.layers
+    share = layers * 3 // 5 if count == 2 else math.ceil(layers / (count - 1))
+    layer_bytes = manifest.shape.experts * manifest.demand().lot_bytes
+    return math.ceil((manifest.trunk_bytes + share * layer_bytes) / 1e6)
 
 
 def prepare(arguments: argparse.Namespace) -> list[Device]:

@@ -14,6 +14,7 @@ from coeld.datapath.ports import PeerLink
 from coeld.datapath.request import Request
 from coeld.datapath.scheduler import Scheduler
 from coeld.engine.experts import ExpertSet
+from coeld.engine.sessions import give_memory_back
 from coeld.engine.text import Text
 from coeld.engine.trunk import Trunk
 from coeld.errors import ContextTooLong, PeerError
@@ -42,6 +43,7 @@ class OpenModel:
         self.me = me
         self.context_tokens = min(context_tokens, manifest.shape.context_max)
         self.text = Text(manifest, store)
+        give_memory_back()
         self.board = RouteBoard()
         self.experts = ExpertSet(manifest, store)
         self.trunk = Trunk(manifest, store, self.context_tokens)

@@ -24,7 +24,7 @@ from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
 from coeld.engine.protocol import error_to_json
-from coeld.engine.sessions import sweep_stale_files, use_threads
+from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threads
 from coeld.engine.text import Stream
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
 from coeld.ids import Lot, NodeId
@@ -122,6 +122,8 @@ class Engine:
             except queue.Empty:
                 assert self._model is not None
                 self._model.scheduler.turn()
+                if not self._model.scheduler.active:
+                    give_memory_back()
                 continue
             if job is None:
                 return

@@ -24,6 +24,12 @@ from onnx import NodeProto as Node
 INLINE_BYTES_MAX: Final = 1024
 """Smaller initialisers travel inside the graph: external data must be worth a mapping."""
 
+ARENA: Final = {
+    "max_mem": 0,  # no limit of its own
+    "arena_extend_strategy": 1,  # as much as is asked for, not the next power of two
+    "initial_chunk_size_bytes": -1,  # default
+    "max_dead_bytes_per_chunk": -1,  # default
+}
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1))
 IR_VERSION: Final = 10
@@ -43,9 +49,17 @@ class Weight:
 
 
 def use_threads(count: int) -> None:
-    """Give the whole process one pool of `count` threads. Call once, before the first session."""
+    """Give all sessions one pool of `count` threads and one arena. Once, before the first session.
+
+    With an arena each, 46 sessions keep 46 times the activations of the longest prompt: 760 MB
+    instead of 320 for SmolLM2 after prompts of 600 tokens.
+    """
     ort.set_default_logger_severity(3)
     ort.set_global_thread_pool_sizes(count, 1)
+    memory = ort.OrtMemoryInfo(
+        "Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT
+    )
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg(ARENA))
 
 
 def sweep_stale_files() -> None:
@@ -66,6 +80,7 @@ def make_session(
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
+    options.add_session_config_entry("session.use_env_allocators", "1")
     with _packed(weights) as (folder, initialisers):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
