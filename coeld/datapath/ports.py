@@ -22,6 +22,10 @@ class Cache(Protocol):
 
     length: int
 
+    def free(self) -> None:
+        """Give its memory back; it is not used again."""
+        ...
+
 
 class SpanRunner(Protocol):
     """See coeld.engine.trunk.Trunk."""

@@ -43,17 +43,22 @@ class Scheduler:
             except CoeldError as exc:
                 reason, error, finished = None, exc, True
             if finished:
-                self.active.remove(request)
-                request.cache = None
+                self._retire(request)
             if error is not None:
                 request.listener.failed(request, error)
             elif reason is not None:
                 request.listener.done(request, reason)
 
     def fail_all(self, error: CoeldError) -> None:
-        failed, self.active = self.active, []
-        for request in failed:
+        for request in list(self.active):
+            self._retire(request)
             request.listener.failed(request, error)
+
+    def _retire(self, request: Request) -> None:
+        self.active.remove(request)
+        if request.cache is not None:
+            request.cache.free()
+            request.cache = None
 
     def _step(self, request: Request) -> FinishReason | None:
         """Prefill a chunk or decode a token. Why the request has ended, if it has."""

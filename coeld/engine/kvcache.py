@@ -45,6 +45,12 @@ class KVCache:
     def bytes(self) -> int:
         return sum(array.nbytes for array in self._arrays)
 
+    def free(self) -> None:
+        """Give the memory back now: bindings of the last pass may hold this object for long."""
+        self._arrays, self.values = [], []
+        self.capacity = 0
+        self.generation += 1
+
     def _move(self, capacity: int) -> None:
         shape = (1, self._shape.kv_heads, capacity, self._shape.head_dim)
         for index in range(2 * self._shape.layers):

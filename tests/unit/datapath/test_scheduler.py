@@ -12,6 +12,10 @@ VOCAB = 16
 class Cache:
     def __init__(self) -> None:
         self.length = 0
+        self.freed = False
+
+    def free(self) -> None:
+        self.freed = True
 
 
 class CountingDecoder:
@@ -114,3 +118,21 @@ def test_a_cancelled_request_leaves_without_another_pass() -> None:
     play(decoder, request)
     assert decoder.passes == []
     assert notes.end is None
+
+
+def test_whoever_ends_gives_its_cache_back() -> None:
+    caches: list[Cache] = []
+
+    def new_cache() -> Cache:
+        caches.append(Cache())
+        return caches[-1]
+
+    decoder = CountingDecoder()
+    decoder.raises["bad"] = NotCovered("missing", 7)
+    scheduler = Scheduler(decoder, new_cache)
+    for name, tokens_max in (("good", 1), ("bad", 2), ("long", 9)):
+        scheduler.submit(Request(name, [0], tokens_max, Notes()))
+    scheduler.turn()
+    assert [cache.freed for cache in caches] == [True, True, False]
+    scheduler.fail_all(NotCovered("closed", 0))
+    assert (caches[2].freed, scheduler.active) == (True, [])

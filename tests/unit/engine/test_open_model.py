@@ -1,5 +1,8 @@
 """The engine on a tiny model: every way to cut it gives the logits of the uncut graph."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -102,6 +105,17 @@ def test_two_requests_in_turn_do_not_disturb_each_other(whole) -> None:
     while whole.scheduler.active:
         whole.scheduler.turn()
     assert [listener.tokens for listener in together] == alone
+
+
+def test_an_answer_that_ended_leaves_no_kv_cache_behind(whole) -> None:
+    request = Request("r", TOKENS[:9], 3, Silent())
+    whole.scheduler.submit(request)
+    whole.scheduler.turn()
+    keys = weakref.ref(request.cache._arrays[0])
+    while whole.scheduler.active:
+        whole.scheduler.turn()
+    gc.collect()
+    assert keys() is None
 
 
 def test_recompiling_in_mid_answer_changes_nothing_but_the_plan(tiny, tiny_store, whole) -> None:
