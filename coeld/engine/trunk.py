@@ -124,7 +124,7 @@ class _Pass:
         self._generation = cache.generation
         single = len(rows) == 1
         self._logits = trunk._logits if single else np.empty((1, len(rows), trunk.shape.vocab), F32)
-        self._bindings: dict[Span, Any] = {}
+        self._bindings = cache.bindings = {}
 
     def reusable(self, cache: KVCache, buffers: Activations, rows: Sequence[int]) -> bool:
         return (
