@@ -24,6 +24,7 @@ from coeld.api.serve import serve
 from coeld.api.server import Api
 from coeld.config import Config, broker_address, split_address
 from coeld.effects import Connect, DropLots, Effect, LoadLots, Publish, Report, Send, SwapRoutes
+from coeld.errors import NoModel
 from coeld.events import EngineStarted, Event, MessageReceived, ResourcesSampled, Tick
 from coeld.host import state_dir
 from coeld.host.engine_process import ENGINE_COMMAND, EngineOptions
@@ -200,8 +201,8 @@ class Agent:
         found = self._engine.model
         return (found.name, self._engine.context_tokens) if found else None
 
-    def trouble(self) -> str:
-        return self._engine.trouble
+    def not_ready(self) -> NoModel:
+        return self._engine.not_ready()
 
     def generate(self, request: dict[str, Any]) -> AbstractAsyncContextManager[Answer]:
         return self._engine.generate(request)

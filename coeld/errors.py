@@ -15,7 +15,8 @@
     │   └── ContextTooLong
     ├── Unavailable         not now (HTTP 503)
     │   ├── NotCovered      some experts have no owner; says how many bytes are missing
-    │   ├── NoModel         nothing is installed, or it is still being loaded
+    │   ├── NoModel         nothing is installed, or it cannot be opened
+    │   │   └── Starting    the engine or its model is being loaded; it ends by itself
     │   ├── Overloaded      too many requests at once
     │   └── EngineGone      the engine process died; the agent restarts it
     └── PeerError           between devices; never shown to users as such
@@ -102,7 +103,11 @@ class NotCovered(Unavailable):
 
 
 class NoModel(Unavailable):
-    """No model is installed, or it is still being loaded."""
+    """No model is installed, or it cannot be opened."""
+
+
+class Starting(NoModel):
+    """The engine starts or loads its model: a few seconds more."""
 
 
 class Overloaded(Unavailable):

@@ -42,7 +42,7 @@ class Answering(Protocol):
     def model(self) -> tuple[str, int] | None:
         """Name and context length of the open model."""
 
-    def trouble(self) -> str:
+    def not_ready(self) -> NoModel:
         """Why there is none."""
 
     def generate(
@@ -124,7 +124,7 @@ class Api:
         """The open model, if it is the wanted one. Raises NoModel, UnknownModel."""
         found = self._daemon.model()
         if found is None:
-            raise NoModel(f"no model can answer yet: {self._daemon.trouble()}")
+            raise self._daemon.not_ready()
         if wanted is not None and wanted != found[0]:
             raise UnknownModel(
                 f"The model {wanted!r} is not served here; {found[0]!r} is. Leave model out, or "

@@ -85,14 +85,17 @@ class OpenModel:
         self.experts.load(self.manifest.demand().lots())
         self.refit()
 
-    def admit(self, request: Request, tokens_max: int | None) -> None:
-        """Check that the request fits the context and set its length. Raises ContextTooLong."""
+    def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
+        """Check that the request fits the context and set its length.
+
+        Raises ContextTooLong, naming `param`, the field that the prompt came in.
+        """
         room = self.context_tokens - len(request.prompt)
         if room < 1:
             raise ContextTooLong(
                 f"The prompt has {len(request.prompt)} tokens and the context {self.context_tokens}"
                 " (engine.context_tokens): shorten the prompt, or raise the setting.",
-                "messages",
+                param,
             )
         request.tokens_max = min(tokens_max or room, room)
 

@@ -183,7 +183,7 @@ class Engine:
                 ),
                 eos_tokens=frozenset(model.manifest.eos_tokens),
             )
-            model.admit(request, order["max_tokens"])
+            model.admit(request, order["max_tokens"], "messages" if prompt is None else "prompt")
         except CoeldError as exc:
             self._link.say("error", id=ident, **error_to_json(exc))
             return

@@ -16,7 +16,15 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from coeld.engine.protocol import error_from_json
-from coeld.errors import CoeldError, EngineGone, FrameError, ModelError, NoModel, StartError
+from coeld.errors import (
+    CoeldError,
+    EngineGone,
+    FrameError,
+    ModelError,
+    NoModel,
+    StartError,
+    Starting,
+)
 from coeld.events import (
     CallFailed,
     EngineStarted,
@@ -108,11 +116,18 @@ class EngineLink:
         self.context_tokens = 0
         self.trouble = "the engine is starting"
         """Why there is no open model, and what to do."""
+        self._passing = True
+        """Whether the trouble ends without anybody doing anything."""
         self.restarts = 0
 
     @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
+
+    def not_ready(self) -> NoModel:
+        """The error for whoever asks while no model is open."""
+        kind = Starting if self._passing else NoModel
+        return kind(f"no model can answer yet: {self.trouble}")
 
     # Requests
 
@@ -123,7 +138,7 @@ class EngineLink:
         Raises NoModel when nothing is open.
         """
         if self.model is None:
-            raise NoModel(f"no model can answer yet: {self.trouble}")
+            raise self.not_ready()
         number, answer = str(next(self._ids)), Answer()
         self._answers[number] = answer
         self._send({"op": "generate", "id": number, **request})
@@ -171,10 +186,7 @@ class EngineLink:
         pause_s = RESTART_S[0]
         while True:
             born = loop.time()
-            try:
-                await self._live(first=self.restarts == 0)
-            finally:
-                self._gone()
+            await self._live(first=self.restarts == 0)
             if loop.time() - born > YOUNG_S:
                 pause_s = RESTART_S[0]
             self.restarts += 1
@@ -185,10 +197,10 @@ class EngineLink:
     async def _live(self, first: bool) -> None:
         """One engine from start to end."""
         process = await EngineProcess.start(self._options)
-        why = "it was told to stop"
+        why = "it did not start"
         try:
             await self._expect_ready(process)
-            self._process = process
+            self._process, why = process, "it was told to stop"
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch_store(), name="engine-store-watcher")
                 while (event := await process.receive()) is not None:
@@ -203,21 +215,26 @@ class EngineLink:
             log.exception("the engine cannot start")
         finally:
             self._process = None
+            self._gone()
             status = await process.stop()
             log.info("the engine has gone: %s (exit status %s)", why, status)
 
     def _gone(self) -> None:
+        """Everybody who waits for it learns so, before its process has ended."""
+        task = asyncio.current_task()
+        text = (
+            "this device was told to stop while it answered. Ask another device, or this one when "
+            "it is up again."
+            if task and task.cancelling()
+            else "the engine process died while it answered; a new one is being started. Ask again "
+            "in a few seconds."
+        )
         for answer in self._answers.values():
-            answer.fail(
-                EngineGone(
-                    "the engine process died while it answered; a new one is being started. "
-                    "Ask again in a few seconds."
-                )
-            )
+            answer.fail(EngineGone(text))
         self._answers.clear()
         was_started, self._address = self._address, None
         self.model, self._try_open_at = None, 0.0
-        self.trouble = "the engine died and is being restarted"
+        self._explain("the engine died and is being restarted", passing=True)
         if was_started:
             self._emit(EngineStopped())
 
@@ -263,7 +280,7 @@ class EngineLink:
             case "opened":
                 self._opened(event)
             case "failed":
-                self.trouble = str(event["message"])
+                self._explain(str(event["message"]), passing=False)
                 if self.trouble != self._complaint:
                     log.error("cannot open the model, trying on: %s", self.trouble)
                 self._complaint = self.trouble
@@ -298,39 +315,46 @@ class EngineLink:
                 self._open_if_there()
 
     def _open_if_there(self) -> bool:
+        """Whether the model of the configuration is there; asks the engine to open it."""
         names = self._store.names()
         name = self._wanted or (names[0] if len(names) == 1 else "")
         if not names or (name and name not in names):
             wanted = name or "smollm2-135m-instruct"
-            self.trouble = (
+            self._explain(
                 f"no model {name or 'at all'} is installed in {self._store.root}. Install one: "
                 f"coeld model add {wanted} --store {self._store.root}. It is opened as soon as it "
-                "is there."
+                "is there.",
+                passing=False,
             )
             return False
         if not name:
-            self.trouble = (
+            self._explain(
                 f"several models are installed ({', '.join(names)}). Say which one to serve: "
-                'model.name = "…" in agent.toml.'
+                'model.name = "…" in agent.toml.',
+                passing=False,
             )
             return False
         now = asyncio.get_running_loop().time()
         if now >= self._try_open_at:
             self._try_open_at = now + REOPEN_S
-            self.trouble = f"the model {name} is being opened"
+            if self.trouble != self._complaint:
+                self._explain(f"the model {name} is being opened", passing=True)
             self._send({"op": "open", "model": name})
         return True
+
+    def _explain(self, trouble: str, *, passing: bool) -> None:
+        self.trouble, self._passing = trouble, passing
 
     def _opened(self, event: dict[str, Any]) -> None:
         assert self._address is not None
         try:
             demand = self._store.manifest(str(event["model"])).demand()
         except ModelError as exc:
-            self.trouble = str(exc)
+            self._explain(str(exc), passing=False)
             log.error("%s", exc)
             return
         if demand.model != event["hash"]:
-            self.trouble = "the model was replaced while it was being opened"
+            self._explain("the model was replaced while it was being opened", passing=True)
             self._try_open_at = 0.0
             return
         self.model, self.trouble = demand, ""

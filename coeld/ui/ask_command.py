@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from coeld.errors import BadRequest, CoeldError
-from coeld.ui.client import add_socket_options, get_json, socket_of, stream
+from coeld.ui.client import add_socket_options, get_json, patiently, socket_of, stream
 
 
 def add_parser(commands: Any) -> None:
@@ -27,7 +27,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the same"
     )
-    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same draws again")
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=15.0,
+        metavar="S",
+        help="seconds to wait for a swarm that is still organising itself (default: 15)",
+    )
 
 
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -49,13 +56,14 @@ def run(arguments: argparse.Namespace) -> int:
         system = [{"role": "system", "content": arguments.system}] if arguments.system else []
         body["messages"] = [*system, {"role": "user", "content": text}]
     socket = socket_of(arguments)
-    show(stream(socket, url, body), socket, arguments.stats)
+    chunks = patiently(lambda: stream(socket, url, body), arguments.wait)
+    show(chunks, socket, arguments.stats)
     return 0
 
 
 def show(chunks: Iterator[dict[str, Any]], socket: Path, stats: bool) -> str:
     """Print an answer as it comes, then the summary line; returns the answer."""
-    pieces = []
+    pieces: list[str] = []
     usage = None
     try:
         for chunk in chunks:
@@ -65,7 +73,8 @@ def show(chunks: Iterator[dict[str, Any]], socket: Path, stats: bool) -> str:
                 pieces.append(piece)
                 print(piece, end="", flush=True)
     finally:
-        print(flush=True)
+        if pieces:
+            print(flush=True)
     if usage and (stats or sys.stderr.isatty()):
         line = _summary(usage, socket)
         print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr)

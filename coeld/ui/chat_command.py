@@ -3,11 +3,12 @@
 import argparse
 import contextlib
 import sys
+from functools import partial
 from typing import Any
 
 from coeld.errors import CoeldError
 from coeld.ui.ask_command import add_sampling_options, sampling, show
-from coeld.ui.client import add_socket_options, socket_of, stream
+from coeld.ui.client import add_socket_options, patiently, socket_of, stream
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         options = {"messages": messages, "stream_options": {"include_usage": True}}
         body = sampling(arguments) | options
         try:
-            answer = show(stream(socket, "/v1/chat/completions", body), socket, stats=False)
+            once = partial(stream, socket, "/v1/chat/completions", body)
+            answer = show(patiently(once, arguments.wait), socket, stats=False)
         except KeyboardInterrupt:
             messages.pop()
             continue

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,9 +245,48 @@ def test_coeld_ask_prints_the_answer_and_explains_errors(device: Device) -> None
     assert "4 tokens, 1.5 tok/s, answered by 1 device" in done.stderr
     done = coeld(device, "ask", "-", "--raw", "--max-tokens", "3", stdin="one two")
     assert done.stdout == "you said: one \n"
-    done = coeld(device, "ask", "uncovered")
+    done = coeld(device, "ask", "uncovered", "--wait", "0")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert "12345 bytes" in done.stderr
+
+
+def test_coeld_ask_waits_for_a_swarm_that_organises_itself(tmp_path: Path) -> None:
+    install(tmp_path / "store")
+    one = Device(tmp_path / "one", tmp_path / "store")
+    with running(one):
+        one.wait(lambda _: True)  # it has a socket, its engine is starting
+        done = coeld(one, "ask", "are you there?")
+        assert (done.returncode, done.stdout) == (0, "you said: are you there? \n")
+        done = coeld(one, "ask", "uncovered", "--wait", "1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "waiting up to 1 s: " in done.stderr
+        assert done.stderr.count("12345 bytes") == 2
+
+
+def test_coeld_ask_does_not_wait_for_what_needs_a_person(tmp_path: Path) -> None:
+    one = Device(tmp_path / "one", tmp_path / "store")
+    with running(one):
+        one.wait(lambda status: "coeld model add" in status["engine"]["trouble"])
+        began = time.monotonic()
+        done = coeld(one, "ask", "are you there?")
+        assert (done.returncode, "coeld model add" in done.stderr) == (1, True)
+        assert time.monotonic() - began < 5
+
+
+def test_a_device_that_stops_says_so_in_the_answers_it_breaks_off(tmp_path: Path) -> None:
+    install(tmp_path / "store")
+    one = Device(tmp_path / "one", tmp_path / "store")
+    with running(one):
+        one.wait(serving)
+        with contextlib.closing(UnixConnection(one.socket)) as connection:
+            body = json.dumps(chat("slowly", stream=True))
+            connection.request("POST", "/v1/chat/completions", body)
+            response = connection.getresponse()
+            assert response.readline().startswith(b"data: ")
+            code, seconds = one.stop()
+            *_, last = [line for line in response.read().split(b"\n\n") if line]
+        assert "told to stop" in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+        assert (code, seconds < 2) == (0, True)
 
 
 def test_ctrl_c_ends_coeld_ask_and_its_request(device: Device) -> None:

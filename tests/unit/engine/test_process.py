@@ -67,6 +67,7 @@ def test_errors_name_the_request_and_what_to_do(agent, tiny) -> None:
     open_all(agent, tiny)
     _text, message = agent.answer("long", prompt="the " * 400)
     assert (message["type"], message["code"]) == ("ContextTooLong", "context_length_exceeded")
+    assert message["param"] == "prompt"
     _text, message = agent.answer("empty", prompt="")
     assert (message["type"], message["param"]) == ("BadRequest", "prompt")
 
