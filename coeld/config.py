@@ -217,7 +217,8 @@ def load(path: Path | None) -> Config:
     try:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"{path}: cannot be read ({exc}).") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"{path}: cannot be read ({reason}).") from exc
 
 
 def parse(text: str, source: str = "configuration") -> Config:

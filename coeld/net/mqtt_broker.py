@@ -11,6 +11,7 @@ collecting one task per message.
 
 import asyncio
 import logging
+import os
 import re
 import socket
 import struct
@@ -110,10 +111,11 @@ class EmbeddedBroker:
             )
         except OSError as exc:
             await broker.shutdown()
+            reason = os.strerror(exc.errno) if exc.errno else exc
             raise StartError(
-                f"the MQTT broker cannot listen on {self._host}:{self._wanted_port}: "
-                f"{exc.strerror or exc}. Another program may use that port: choose another "
-                "network.mqtt_port (0 = any free one), or check network.host."
+                f"the MQTT broker cannot listen on {self._host}:{self._wanted_port}: {reason}. "
+                "Another program may use that port: choose another network.mqtt_port (0 = any "
+                "free one), or check network.host."
             ) from exc
         self.port = self._server.sockets[0].getsockname()[1]
 

@@ -33,7 +33,8 @@ def run_perplexity(arguments: argparse.Namespace) -> int:
     try:
         text = arguments.file.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise BadRequest(f"{arguments.file} cannot be read as UTF-8 text: {exc}.") from exc
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise BadRequest(f"{arguments.file} cannot be read as UTF-8 text: {reason}.") from exc
     store = Store(arguments.store or default_store())
     manifest = store.manifest(arguments.model)
     if arguments.context > manifest.shape.context_max:

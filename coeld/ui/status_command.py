@@ -49,39 +49,56 @@ def headline(status: dict[str, Any]) -> str:
 
 
 def devices(status: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
-    node = status["node"]
-    total = node["routes"]["total"]
-    experts = node["model"]["experts"] if node["model"] else 0
-    table = Table(title="devices", title_justify="left")
-    for name in (
-        "device",
-        "state",
-        "memory",
-        "kernels",
-        "load",
-        "owns",
-        "layers, or layer: experts",
-    ):
-        table.add_column(name, overflow="fold")
+    """A line per device, within 80 columns unless it owns very scattered experts."""
+    node, model = status["node"], status["node"]["model"]
+    names = [member["name"] for member in node["members"]]
+    table = _table("devices", "device", "state", "memory", "speed", "load", "owns", "layers")
     for member in node["members"]:
-        mine = " (this one)" if member["node"] == node["me"] else ""
+        name = member["name"]
+        if not name or names.count(name) > 1:  # then only the key tells them apart
+            name = f"{name} {member['node']}".lstrip()
         runs = node["owners"].get(member["node"], [])
         table.add_row(
-            f"{member['name'] or '?'}{mine}\n{member['node']}",
+            name + (" *" if member["node"] == node["me"] else ""),
             member["status"] + ("" if member["engine"] else ", no engine"),
-            f"{member['memory_budget_bytes'] / 1e6:,.0f} MB",
+            _memory(member, model),
             f"{member['kernel_mb_per_s'] / 1e3:.1f} GB/s",
             f"{member['cpu_load_percent']} %",
-            f"{member['serving']} of {total}" if total else "",
-            layers_owned(runs, experts),
+            str(member["serving"]) if model else "",
+            layers_owned(runs, model["experts"]) if model else "",
         )
+    table.caption = "* this device   layers: 24[3-7] = experts 3 to 7 of layer 24"
+    return table
+
+
+def _memory(member: dict[str, Any], model: dict[str, Any] | None) -> str:
+    """Weights held, of the budget."""
+    budget = f"{member['memory_budget_bytes'] / 1e6:,.0f} MB"
+    if not model or not member["serving"]:
+        return budget
+    held_bytes = model["trunk_bytes"] + member["serving"] * model["lot_bytes"]
+    return f"{held_bytes / 1e6:,.0f} of {budget}"
+
+
+def _table(title: str, *columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name in columns:
+        table.add_column(name, overflow="fold")
     return table
 
 
 def layers_owned(runs: list[list[int]], experts: int) -> str:
-    """[[layer, first, count], …] as "0-2 5, 7: 0-3 6": whole layers first, then parts of layers."""
+    """[[layer, first, count], …] as "0-2, 5, 7[0-3,6]": a layer in part names its experts."""
     whole: list[int] = []
     parts: dict[int, list[str]] = {}
     for layer, first, count in runs:
@@ -89,8 +106,8 @@ def layers_owned(runs: list[list[int]], experts: int) -> str:
             whole.append(layer)
         else:
             parts.setdefault(layer, []).append(_span(first, first + count - 1))
-    texts = [f"{layer}: {' '.join(spans)}" for layer, spans in sorted(parts.items())]
-    return ", ".join([" ".join(_spans(whole)), *texts] if whole else texts)
+    texts = [f"{layer}[{','.join(spans)}]" for layer, spans in sorted(parts.items())]
+    return ", ".join([*_spans(whole), *texts])
 
 
 def _spans(numbers: list[int]) -> list[str]:
@@ -109,14 +126,11 @@ def _span(first: int, last: int) -> str:
 
 
 def links(status: dict[str, Any]) -> "Table":
-    from rich.table import Table
-
     bus = status["bus"]
     peers = status["engine"]["stats"].get("peers", {})
     names = {member["node"]: member["name"] for member in status["node"]["members"]}
-    table = Table(title=f"links ({bus['topology']} brokers)", title_justify="left")
-    for name in ("to", "state", "messages", "expert calls", "round trip"):
-        table.add_column(name)
+    title = f"links ({bus['topology']} brokers)"
+    table = _table(title, "to", "state", "messages", "expert calls", "round trip")
     for link in bus["links"]:
         peer = peers.get(link["node"], {})
         rtt_us = peer.get("rtt_us_p50")

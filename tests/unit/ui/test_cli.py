@@ -1,14 +1,17 @@
 """The command line: what it imports, what it says, how it exits."""
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from coeld.ui.cli import COMMANDS, HELP, main
-from coeld.ui.status_command import layers_owned
+from coeld.ui.status_command import devices, layers_owned
 
 HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
 
@@ -73,7 +76,49 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def swarm_status(devices: int) -> dict[str, Any]:
+    """Devices that own every other layer each, as /status describes them."""
+    members = [
+        {
+            "node": f"{number:016x}",
+            "name": f"raspberry-{number}",
+            "status": "alive",
+            "memory_budget_bytes": 1_104_000_000,
+            "kernel_mb_per_s": 16_834,
+            "cpu_load_percent": 100,
+            "serving": 120,
+            "engine": True,
+        }
+        for number in range(devices)
+    ]
+    runs = [[layer, 0, 8] for layer in range(0, 29, 2)] + [[29, 3, 5]]
+    model = {"experts": 8, "trunk_bytes": 60_192_000, "lot_bytes": 352_512}
+    owners = {member["node"]: runs for member in members}
+    return {"node": {"me": f"{0:016x}", "members": members, "model": model, "owners": owners}}
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_of_devices_fits_the_terminal(width: int) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width).print(devices(swarm_status(3)))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    (line,) = [line for line in lines if "raspberry-0 *" in line]  # names are not folded
+    assert "102 of 1,104 MB  16.8 GB/s  100 %  120" in line
+    assert "29[3-7]" in out.getvalue()
+    if width == 200:
+        assert len(lines) <= 9
+
+
+def test_devices_with_one_name_are_told_apart_by_their_keys() -> None:
+    status = swarm_status(2)
+    status["node"]["members"][1]["name"] = "raspberry-0"
+    out = io.StringIO()
+    Console(file=out, width=200).print(devices(status))
+    assert f"raspberry-0 {1:016x}" in out.getvalue()
+
+
 def test_owned_experts_are_shown_as_ranges() -> None:
     runs = [[0, 0, 8], [1, 0, 8], [2, 0, 4], [2, 6, 1], [4, 0, 8], [9, 2, 2]]
-    assert layers_owned(runs, 8) == "0-1 4, 2: 0-3 6, 9: 2-3"
+    assert layers_owned(runs, 8) == "0-1, 4, 2[0-3,6], 9[2-3]"
     assert layers_owned([], 8) == ""
