@@ -222,6 +222,7 @@ class Node:
         self._joined_at = now + self.config.join_ms / 1000
         self._bid_wanted = True
         self._missing_bytes = 0
+        self._check_budget()
         self.perception.tell(
             model=event.demand.model if event.demand else None,
             data_host=event.data_host,
@@ -242,6 +243,18 @@ class Node:
             cpu_load_percent=resources.cpu_load_percent,
             kernel_mb_per_s=resources.kernel_mb_per_s,
         )
+
+    def _check_budget(self) -> None:
+        """Say so when not even the trunk fits; it is loaded all the same, to answer with."""
+        budget, demand = self.perception.me.memory_budget_bytes, self.demand
+        if demand is not None and budget < demand.trunk_bytes:
+            self._out.append(
+                Report(
+                    f"the memory budget of {budget} bytes is smaller than what {demand.name} needs"
+                    f" on every device that answers ({demand.trunk_bytes} bytes, held anyway): this"
+                    " device takes no experts. Raise memory.budget_mb"
+                )
+            )
 
     def _moved(self, move: Move, lots: tuple[Lot, ...], before: LotState) -> None:
         known = [lot for lot in lots if self.migration.state(lot) is before]

@@ -43,6 +43,7 @@ def _member(
     node: NodeId, record: Record | None, incarnation: int, status: Status
 ) -> dict[str, Any]:
     known = record or Record(node, incarnation, 0)
+    here = status <= Status.SUSPECT  # of who is gone the last record is history
     return {
         "node": node,
         "name": known.name,
@@ -53,9 +54,9 @@ def _member(
         "memory_budget_bytes": known.memory_budget_bytes,
         "kernel_mb_per_s": known.kernel_mb_per_s,
         "cpu_load_percent": known.cpu_load_percent,
-        "serving": len(known.serving),
-        "claimed": len(known.claims),
-        "engine": known.data_port > 0,
+        "serving": len(known.serving) if here else 0,
+        "claimed": len(known.claims) if here else 0,
+        "engine": here and known.data_port > 0,
     }
 
 

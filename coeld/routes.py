@@ -1,7 +1,7 @@
 """The route table: which devices serve which lot, at which address, in which epoch.
 
 Written by the node (control plane), read by the data path. It is immutable and replaced whole:
-a reader takes one reference per token and sees one epoch. The last table keeps serving when the
+a reader takes one reference per attempt at a layer and sees one epoch. The last table keeps serving when the
 control plane is gone.
 """
 

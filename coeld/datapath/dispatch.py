@@ -19,7 +19,7 @@ from typing import Final
 
 from coeld.datapath.ports import Call, ExpertRunner, PeerLink, Rows
 from coeld.datapath.request import Cancelled, Request
-from coeld.errors import NotCovered, PeerError
+from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
 
@@ -174,7 +174,8 @@ class Dispatcher:
     def _fail(self, node: NodeId, exc: PeerError) -> None:
         self.failures += not self._cooling(node)
         self._failed_at[node] = time.monotonic()
-        self.on_failure(node, exc)
+        if not isinstance(exc, PeerRefused):  # who refuses is alive
+            self.on_failure(node, exc)
 
     def _cooling(self, node: NodeId) -> bool:
         failed = self._failed_at.get(node)

@@ -1,7 +1,6 @@
 """From logits to a token: greedy, or temperature, top-k, top-p. Pure given its generator.
 
-Order as in llama.cpp and Hugging Face: top-k, then top-p on what is left, then temperature decides
-the sharpness of the draw.
+Order as in Hugging Face's transformers: temperature, then top-k, then top-p on what is left.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ The template comes from the model's author and is code, so it runs in Jinja2's s
 
 import json
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -15,8 +15,6 @@ from tokenizers.decoders import DecodeStream
 from coeld.errors import BadModelFile, BadRequest
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
-
-TEMPLATE_OUTPUT_CHARS_MAX: Final = 16 << 20
 
 
 class Text:

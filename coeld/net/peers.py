@@ -161,7 +161,9 @@ class PeerServer:
             self._greet(connection)
             while True:
                 header, payload = connection.receive(None, FRAME_TIMEOUT_S)
-                connection.send(self._answer(header, payload))
+                answer = self._answer(header, payload)
+                connection.sock.settimeout(FRAME_TIMEOUT_S)
+                connection.send(answer)
         except FrameError as exc:
             self.refused += 1
             with contextlib.suppress(PeerError):
@@ -215,6 +217,8 @@ class PeerCall:
     node: NodeId
     connection: Connection
     call_id: int
+    asked: tuple[int, tuple[int, ...]]
+    """Layer, and the shape of the rows."""
     started_s: float
     deadline_s: float
 
@@ -227,6 +231,9 @@ class PeerCall:
                 raise FrameError("an answer to another call")
             if header.kind is Kind.ERROR:
                 raise frames.refusal(payload)
+            answered = header.layer, (header.rows, header.hidden)
+            if header.kind is not Kind.RESULT or answered != self.asked:
+                raise FrameError(f"asked for {self.asked}, got {header.kind.name} {answered}")
             rows = frames.unpack_result(header, payload)
         except PeerRefused:
             self.pool.stats_of(self.node).failures += 1
@@ -264,7 +271,8 @@ class PeerPool:
             raise
         now = time.monotonic()
         deadline_s = now + self._call_deadline_s
-        return PeerCall(self, node, connection, self._next_id, now, deadline_s)
+        asked = layer, x.shape
+        return PeerCall(self, node, connection, self._next_id, asked, now, deadline_s)
 
     def stats_of(self, node: NodeId) -> PeerStats:
         return self._stats.setdefault(node, PeerStats())

@@ -11,7 +11,7 @@ import pytest
 
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind
-from coeld.errors import PeerError, PeerGone, PeerRefused, PeerSlow
+from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net import peers
 from coeld.net.peers import Introduction, PeerPool, PeerServer
@@ -174,10 +174,21 @@ def test_connections_beyond_the_limit_are_closed(server, monkeypatch) -> None:
         sock.close()
 
 
-def test_an_answer_to_another_call_is_not_accepted(pool) -> None:
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda call_id: frames.pack_result(call_id + 1, 0, X),
+        lambda call_id: frames.pack_result(call_id, 1, X),
+        lambda call_id: frames.pack_result(call_id, 0, X[:1]),
+        lambda call_id: frames.pack_result(call_id, 0, X[:, :1]),
+        lambda call_id: frames.pack_text(Kind.HELLO, call_id, {}),
+    ],
+    ids=["another call", "another layer", "fewer rows", "narrower rows", "no result"],
+)
+def test_an_answer_to_something_else_is_not_accepted(pool, lie) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
 
-    def lie() -> None:
+    def answer() -> None:
         sock, _ = listener.accept()
         with sock:
             head = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
@@ -186,13 +197,14 @@ def test_an_answer_to_another_call_is_not_accepted(pool) -> None:
             sock.sendall(b"".join(frames.pack_text(Kind.HELLO, 0, hello)))
             head = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
             sock.recv(head.payload_bytes, socket.MSG_WAITALL)
-            sock.sendall(b"".join(frames.pack_result(head.call_id + 1, 0, X)))
+            sock.sendall(b"".join(lie(head.call_id)))
             sock.recv(1)
 
-    liar = threading.Thread(target=lie)
+    liar = threading.Thread(target=answer)
     liar.start()
-    with pytest.raises(PeerError, match="another call"):
-        pool.call(SERVER, listener.getsockname(), 0, {1}, X).result()
+    call = pool.call(SERVER, listener.getsockname(), 0, {1}, X)
+    with pytest.raises(FrameError):
+        call.result()
     liar.join()
     listener.close()
 

@@ -350,3 +350,30 @@ def test_the_deadline_is_never_in_the_past_after_a_step() -> None:
         bench.now = bench.node.deadline
         bench.feed(Tick())
         assert bench.node.deadline > bench.now
+
+
+def test_a_budget_below_the_trunk_is_said_once_and_claims_nothing() -> None:
+    bench = Bench()
+    small = Resources(DEMAND.trunk_bytes - 1, 20_000, 5, 4000)
+    bench.feed(ResourcesSampled(small), EngineStarted(DEMAND, "10.0.0.1", 9000))
+    bench.pass_time(5.0)
+    told = [report.text for report in of(Report, bench.effects) if "smaller" in report.text]
+    assert len(told) == 1
+    assert str(DEMAND.trunk_bytes) in told[0]
+    assert bench.node.perception.me.claims == ()
+
+
+def test_a_device_that_is_gone_owns_nothing_in_the_status() -> None:
+    bench = Bench()
+    bench.engine()
+    bench.meet(peer(Lot(0, 0)))
+    bench.beat(PEER, 2)
+
+    def row() -> dict[str, object]:
+        return next(m for m in bench.node.status()["members"] if m["node"] == PEER)
+
+    assert (row()["serving"], row()["claimed"], row()["engine"]) == (1, 1, True)
+    bench.feed(NeighbourLost(PEER))
+    bench.pass_time(5.0)
+    assert row()["status"] == "dead"
+    assert (row()["serving"], row()["claimed"], row()["engine"]) == (0, 0, False)
