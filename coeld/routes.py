@@ -1,8 +1,8 @@
 """The route table: which devices serve which lot, at which address, in which epoch.
 
 Written by the node (control plane), read by the data path. It is immutable and replaced whole:
-a reader takes one reference per attempt at a layer and sees one epoch. The last table keeps serving when the
-control plane is gone.
+a reader takes one reference per attempt at a layer and sees one epoch. The last table keeps
+serving when the control plane is gone.
 """
 
 from collections.abc import Mapping

@@ -68,6 +68,12 @@ def swarm_of(
     store: Path, manifest: Manifest, shares: Mapping[str, Sequence[Lot]]
 ) -> dict[str, Engine]:
     """Engines, one per node of `shares`, each with its lots loaded and everybody's routes."""
+    return swarm_with_table(store, manifest, shares)[1]
+
+
+def swarm_with_table(
+    store: Path, manifest: Manifest, shares: Mapping[str, Sequence[Lot]]
+) -> tuple[RouteTable, dict[str, Engine]]:
     engines = {node: Engine(store, node=node) for node in shares}
     ports = {node: engine.hear("ready")["data_port"] for node, engine in engines.items()}
     table = RouteTable(
@@ -75,11 +81,11 @@ def swarm_of(
         1,
         {lot: (node,) for node, lots in shares.items() for lot in lots},
         {node: ("127.0.0.1", port) for node, port in ports.items()},
-    ).to_json()
+    )
     for node, engine in engines.items():
         engine.say("open", model=manifest.name)
         engine.hear("opened")
         engine.say("load", lots=shares[node])
         engine.hear("loaded")
-        engine.say("routes", table=table)
-    return engines
+        engine.say("routes", table=table.to_json())
+    return table, engines
