@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from random import Random
 from typing import Any, Final, assert_never
 
@@ -111,6 +112,8 @@ class Agent:
         """The API's sockets: systemd's, or our own, which go away again."""
         own = []
         sockets = listen.inherited_sockets()
+        if path := listen.path_of(sockets):
+            self._where = replace(self._where, socket=path)
         try:
             if not sockets:
                 own = [listen.open_unix(self._where.socket)]

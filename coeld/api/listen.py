@@ -31,6 +31,12 @@ def inherited_sockets() -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in fds]
 
 
+def path_of(sockets: list[socket.socket]) -> Path | None:
+    """Where the first unix socket among them is found."""
+    paths = [sock.getsockname() for sock in sockets if sock.family is socket.AF_UNIX]
+    return Path(paths[0]) if paths and isinstance(paths[0], str) and paths[0] else None
+
+
 def open_unix(path: Path) -> socket.socket:
     """Listen on `path`, mode 0660. Raises StartError when it is too long, in use or forbidden."""
     length = len(os.fsencode(path))

@@ -176,6 +176,7 @@ def test_a_socket_path_that_is_too_long_is_a_start_error(tmp_path: Path, store: 
 
 def test_a_socket_that_systemd_opened_is_used(tmp_path: Path, store: Path) -> None:
     device = Device(tmp_path / "d", store)
+    device.socket = elsewhere = tmp_path / "systemd.sock"
     command = f"LISTEN_PID=$$ LISTEN_FDS=1 exec {sys.executable} -m tests.fakes.run_agent"
     with socket.socket(socket.AF_UNIX) as listening, (device.folder / "log.txt").open("ab") as log:
         listening.bind(str(device.socket))
@@ -186,6 +187,7 @@ def test_a_socket_that_systemd_opened_is_used(tmp_path: Path, store: Path) -> No
             cwd=ROOT,
             stderr=log,
         )
-    device.wait(serving)
+    status = device.wait(serving)
+    assert status["agent"]["socket"] == str(elsewhere)
     assert device.stop()[0] == 0
-    assert device.socket.exists()  # it is systemd's to remove
+    assert elsewhere.exists()  # it is systemd's to remove
