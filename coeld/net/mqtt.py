@@ -31,7 +31,7 @@ GIVE_UP_S: Final = 30.0
 """That a neighbour which is no seed may be unreachable before its link is forgotten."""
 COMPLAIN_S: Final = 60.0
 """Between two log lines about malformed messages."""
-PEERS_COUNTED_MAX: Final = 256
+PEERS_COUNTED_MAX: Final = 32
 
 log = logging.getLogger(__name__)
 
