@@ -15,7 +15,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,6 +103,7 @@ class EmbeddedBroker:
                 "timeout_disconnect_delay": KEEP_ALIVE_GRACE_S,
             }
         )
+        broker._subscriptions = _Subscriptions()
         await broker.start()
         self._broker = broker
         try:
@@ -153,6 +154,20 @@ class EmbeddedBroker:
             if reader.broken:
                 self.refused += 1
                 log.debug("closed an MQTT client: %s", reader.broken)
+
+
+class _Subscriptions(dict[str, list[tuple[Session, int]]]):
+    """Walked over as a snapshot: amqtt awaits between its steps while clients come and go.
+
+    Without it a message that is being handed out when anybody subscribes or leaves is lost to the
+    rest of its receivers, and a client that connects at that moment is cut off.
+    """
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(super().__iter__()))
+
+    def items(self) -> Any:
+        return [(name, list(subscribers)) for name, subscribers in super().items()]
 
 
 class _Reader(ReaderAdapter):  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import struct
@@ -235,6 +236,43 @@ def test_ten_thousand_random_packets_at_the_port_harm_nobody() -> None:
                 await one.bus.publish(one.digest(77))
                 await two.until(lambda: two.messages(one) > 0)
                 assert not two.lost(one)
+
+    asyncio.run(scenario())
+
+
+def test_nobody_misses_a_message_because_others_come_and_go(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        async with Station(1).on_air() as one:
+            seeds = (("127.0.0.1", one.bus.port),)
+            async with Station(2, seeds=seeds).on_air() as two:
+                await linked(one, two)
+
+                async def come_and_go(number: int) -> None:
+                    for round_number in range(10):
+                        topic = f"coeld/1/test/to/{number}-{round_number}/+"
+                        reader, writer = await asyncio.open_connection("127.0.0.1", one.bus.port)
+                        writer.write(connect(f"c{number}-{round_number}") + subscribe(topic))
+                        await reader.read(9)
+                        writer.write(b"\xe0\0")  # DISCONNECT
+                        await reader.read()
+                        writer.transport.abort()
+
+                two.heard.clear()
+                async with asyncio.TaskGroup() as group:
+                    guests = [
+                        group.create_task(come_and_go(number), name="guest") for number in range(8)
+                    ]
+                    sent = 0
+                    while not all(guest.done() for guest in guests):
+                        await one.bus.publish(one.digest(sent))
+                        sent += 1
+                        await asyncio.sleep(0.001)
+                await two.until(lambda: two.messages(one) == sent)
+                assert one.bus.status()["broker_refused"] == 0
+        gc.collect()  # a task that died unseen complains when it is collected
+        assert [record for record in caplog.records if record.name == "asyncio"] == []
 
     asyncio.run(scenario())
 
