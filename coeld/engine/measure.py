@@ -109,10 +109,11 @@ def _run(model: OpenModel, tokens: Sequence[int], gen_tokens: int) -> tuple[floa
     """Seconds of prefill and of decode, and bytes of the KV cache."""
     request = Request("bench", list(tokens), gen_tokens + 1, Silent())
     model.scheduler.submit(request)
-    cache = request.cache
+    cache_bytes = 0
     while model.scheduler.active:
+        cache_bytes = max(cache_bytes, getattr(request.cache, "bytes", 0))
         model.scheduler.turn()
-    return request.prefill_s, request.decode_s, getattr(cache, "bytes", 0)
+    return request.prefill_s, request.decode_s, cache_bytes
 
 
 def logits_of(model: OpenModel, tokens: Sequence[int], rows: Sequence[int]) -> NDArray[np.float32]:
