@@ -1,20 +1,27 @@
-"""`coeld bench` on a tiny model: every figure it promises, and what it refuses."""
+"""`coeld bench` on a tiny model, as a process of its own: it may have one thread pool only."""
 
-import pytest
+import json
+import subprocess
+import sys
 
-from coeld.engine import measure
-from coeld.errors import BadRequest
+
+def bench(store, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "coeld", "bench", "tiny", "--store", str(store.root), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_every_figure_is_there(tiny, tiny_store) -> None:
-    speed = measure.bench(tiny_store, "tiny", 16, 8, 1, 1)
-    assert speed.prefill_tokens_per_s > 0
-    assert speed.decode_tokens_per_s > 0
-    assert speed.weights_bytes == tiny.weights_bytes
-    assert speed.resident_bytes > speed.weights_bytes
-    assert 0 < speed.kv_bytes < speed.resident_bytes
+    words = ("--prompt-tokens", "16", "--gen-tokens", "8", "--threads", "1", "--repeats", "1")
+    speed = json.loads(bench(tiny_store, *words, "--json").stdout)
+    assert speed["prefill_tokens_per_s"] > 0
+    assert speed["decode_tokens_per_s"] > 0
+    assert speed["weights_bytes"] == tiny.weights_bytes
+    assert 0 < speed["kv_bytes"] < speed["resident_bytes"]
+    assert "16 tokens" in bench(tiny_store, *words).stdout
 
 
 def test_more_tokens_than_the_model_was_trained_for_are_refused(tiny, tiny_store) -> None:
-    with pytest.raises(BadRequest, match=str(tiny.shape.context_max)):
-        measure.bench(tiny_store, "tiny", tiny.shape.context_max, 8, 1, 1)
+    done = bench(tiny_store, "--prompt-tokens", str(tiny.shape.context_max))
+    assert done.returncode == 1
+    assert f"do not fit the context of {tiny.shape.context_max}" in done.stderr
+    assert "Traceback" not in done.stderr
