@@ -25,10 +25,10 @@ from coeld.api.serve import serve
 from coeld.api.server import Api
 from coeld.config import Config, broker_address, split_address
 from coeld.effects import Connect, DropLots, Effect, LoadLots, Publish, Report, Send, SwapRoutes
+from coeld.engine.protocol import ENGINE_COMMAND, EngineOptions
 from coeld.errors import NoModel
 from coeld.events import EngineStarted, Event, MessageReceived, ResourcesSampled, Tick
 from coeld.host import state_dir
-from coeld.host.engine_process import ENGINE_COMMAND, EngineOptions
 from coeld.host.notify import notify
 from coeld.host.places import Places, places
 from coeld.host.sensors import Sensors
@@ -75,7 +75,10 @@ class Agent:
                 await self._bus.start()
                 self._node = self._make_node()
                 self._engine = EngineLink(
-                    self._engine_options(), self._config.model.name, self._deliver
+                    self._engine_options(),
+                    self._config.model.name,
+                    self._deliver,
+                    self._engine_command,
                 )
                 self._api = Api(self)
                 try:
@@ -171,7 +174,7 @@ class Agent:
             case DropLots(lots):
                 self._engine.drop(lots)
             case SwapRoutes(table):
-                self._engine.routes(table, self._identity.node)
+                self._engine.routes(table)
             case Report(text):
                 log.info("%s", text)
             case _:
@@ -275,7 +278,6 @@ class Agent:
             requests_max=engine.requests_max,
             call_deadline_ms=engine.call_deadline_ms,
             patience_s=engine.patience_s,
-            command=self._engine_command,
         )
 
 

@@ -34,10 +34,11 @@ from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 MAGIC: Final = b"CoEL"
 VERSION: Final = 1
 HEADER: Final = struct.Struct("<4sBBBBIHHIII")
-ROWS_MAX: Final = 4096
+ROWS_MAX: Final = 512
+"""Twice a prompt chunk; what a peer can make the arena of activations grow by."""
 HIDDEN_MAX: Final = 32768
 PAYLOAD_BYTES_MAX: Final = 64 << 20
-"""Enough for 512 rows of the widest model; what a peer can make us allocate per connection."""
+"""All rows of the widest model; what a peer can make us allocate per connection."""
 TEXT_BYTES_MAX: Final = 4096
 
 

@@ -49,7 +49,10 @@ class Request:
     last: int = 0
     """The token to decode next."""
     prefill_s: float = 0.0
+    """Of its own prompt's chunks."""
     decode_s: float = 0.0
+    """From its first token to its last, the turns of others included: what a reader sees."""
+    decoding_since_s: float = 0.0
     stalls_s: list[float] = field(default_factory=list)
     """How long it waited, each time an expert had no reachable owner."""
     cancelled: threading.Event = field(default_factory=threading.Event)

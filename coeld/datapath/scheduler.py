@@ -71,9 +71,10 @@ class Scheduler:
             request.prefill_s += time.monotonic() - started
             if request.prefilled < len(request.prompt):
                 return None
+            request.decoding_since_s = time.monotonic()
         else:
             logits = self._decoder.forward(request.cache, [request.last], [0], request)
-            request.decode_s += time.monotonic() - started
+            request.decode_s = time.monotonic() - request.decoding_since_s
         return self._emit(request, choose(logits[0], request.sampling, request.generator))
 
     def _emit(self, request: Request, token: int) -> FinishReason | None:

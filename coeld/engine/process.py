@@ -12,8 +12,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from coeld.datapath.dispatch import not_covered
@@ -23,7 +21,7 @@ from coeld.engine.calibrate import kernel_mb_per_s
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
-from coeld.engine.protocol import error_to_json
+from coeld.engine.protocol import EngineOptions, error_to_json
 from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threads
 from coeld.engine.text import Stream
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
@@ -35,30 +33,14 @@ from coeld.routes import RouteTable
 EXIT_BUG: Final = 70
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The engine's command line."""
-
-    store: Path
-    node: NodeId
-    swarm: str
-    host: str
-    port: int
-    threads: int
-    context_tokens: int
-    requests_max: int
-    call_deadline_ms: int
-    patience_s: float
-
-
 class Engine:
     """Everything the process holds."""
 
-    def __init__(self, options: Options, link: Link) -> None:
+    def __init__(self, options: EngineOptions, link: Link) -> None:
         """Raises OSError when the data port is taken."""
         self._options = options
         self._link = link
-        self._store = Store(options.store)
+        self._store = Store(options.store_dir)
         self._server = PeerServer(options.host, options.port)
         self._model: OpenModel | None = None
         self._pool: PeerPool | None = None
@@ -133,6 +115,7 @@ class Engine:
         options = self._options
         try:
             manifest = self._store.manifest(name)
+            self._store.verify(manifest)  # cards and disks of small computers do rot
             introduction = Introduction(options.swarm, manifest.hash, options.node)
             pool = PeerPool(introduction, options.call_deadline_ms / 1000)
             model = OpenModel(

@@ -32,14 +32,57 @@ Engine to agent (`ev`):
 `type` is the class name from coeld.errors, so that the agent raises what the engine raised.
 """
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Final
 
 from coeld import errors
 from coeld.errors import CoeldError, FrameError, RequestError
+from coeld.ids import NodeId
 
 LINE_BYTES_MAX: Final = 16 << 20
 """A prompt may be long; nothing else comes close."""
+
+
+ENGINE_COMMAND: Final = (sys.executable, "-m", "coeld.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What the agent tells the engine on its command line: `--store-dir`, `--node`, …"""
+
+    store_dir: Path
+    node: NodeId
+    swarm: str
+    host: str
+    port: int
+    """Of the data path; 0 for any free one."""
+    threads: int
+    context_tokens: int
+    requests_max: int
+    call_deadline_ms: int
+    patience_s: float
+
+    def arguments(self, fd: int) -> list[str]:
+        """The command line; `fd` is the engine's end of the socket pair."""
+        values = {"fd": fd, **{field.name: getattr(self, field.name) for field in fields(self)}}
+        named = ((f"--{name.replace('_', '-')}", str(value)) for name, value in values.items())
+        return [word for pair in named for word in pair]
+
+    @staticmethod
+    def parse(arguments: Sequence[str] | None = None) -> "tuple[int, EngineOptions]":
+        """The inverse of `arguments`: (fd, options). Exits with a usage message like argparse."""
+        parser = argparse.ArgumentParser(prog="coeld.engine", description="Started by the agent.")
+        parser.add_argument("--fd", type=int, required=True)
+        for field in fields(EngineOptions):
+            flag = f"--{field.name.replace('_', '-')}"
+            parser.add_argument(flag, type=field.type, required=True)
+        values = vars(parser.parse_args(arguments))
+        return values.pop("fd"), EngineOptions(**values)
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -10,14 +10,16 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
-from coeld.engine.protocol import LINE_BYTES_MAX, decode, encode
+from coeld.engine.protocol import (
+    ENGINE_COMMAND,
+    LINE_BYTES_MAX,
+    EngineOptions,
+    decode,
+    encode,
+)
 from coeld.errors import FrameError
-from coeld.ids import NodeId
 
 NICENESS: Final = 5
 """Added to the agent's own."""
@@ -27,42 +29,6 @@ TERMINATE_S: Final = 0.5
 """To end after SIGTERM; then SIGKILL."""
 UNREAD_BYTES_MAX: Final = 64 << 20
 """An engine that leaves this much unread is stuck."""
-
-ENGINE_COMMAND: Final = (sys.executable, "-m", "coeld.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What the engine is told on its command line."""
-
-    store_dir: Path
-    node: NodeId
-    swarm: str
-    host: str
-    port: int
-    threads: int
-    context_tokens: int
-    requests_max: int
-    call_deadline_ms: int
-    patience_s: float
-    command: tuple[str, ...] = ENGINE_COMMAND
-
-    def arguments(self, fd: int) -> list[str]:
-        values = {
-            "fd": fd,
-            "store": self.store_dir,
-            "node": self.node,
-            "swarm": self.swarm,
-            "host": self.host,
-            "port": self.port,
-            "threads": self.threads,
-            "context": self.context_tokens,
-            "requests-max": self.requests_max,
-            "call-deadline-ms": self.call_deadline_ms,
-            "patience-s": self.patience_s,
-        }
-        named = [text for name, value in values.items() for text in (f"--{name}", str(value))]
-        return [*self.command, *named]
 
 
 class EngineProcess:
@@ -79,11 +45,14 @@ class EngineProcess:
         self._writer = writer
 
     @staticmethod
-    async def start(options: EngineOptions) -> "EngineProcess":
+    async def start(
+        options: EngineOptions, command: tuple[str, ...] = ENGINE_COMMAND
+    ) -> "EngineProcess":
         ours, theirs = socket.socketpair()
         with theirs:
             try:
                 process = await asyncio.create_subprocess_exec(
+                    *command,
                     *options.arguments(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,

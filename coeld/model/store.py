@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 NAME_PATTERN: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 MANIFEST_BYTES_MAX: Final = 64 << 20
-READ_BYTES: Final = 1 << 20
 
 
 def default_store() -> Path:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from coeld.engine.protocol import error_from_json
+from coeld.engine.protocol import ENGINE_COMMAND, EngineOptions, error_from_json
 from coeld.errors import (
     CoeldError,
     EngineGone,
@@ -34,7 +34,7 @@ from coeld.events import (
     LotsDropped,
     LotsLoaded,
 )
-from coeld.host.engine_process import EngineOptions, EngineProcess
+from coeld.host.engine_process import EngineProcess
 from coeld.ids import Lot, NodeId
 from coeld.model.store import Store
 from coeld.routes import RouteTable
@@ -96,9 +96,14 @@ class EngineLink:
     """Start with `run`; everything else may be called at any time."""
 
     def __init__(
-        self, options: EngineOptions, model_name: str, emit: Callable[[Event], None]
+        self,
+        options: EngineOptions,
+        model_name: str,
+        emit: Callable[[Event], None],
+        command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
         self._options = options
+        self._command = command
         self._store = Store(options.store_dir)
         self._wanted = model_name
         self._emit = emit
@@ -168,8 +173,8 @@ class EngineLink:
     def drop(self, lots: Iterable[Lot]) -> None:
         self._send({"op": "drop", "lots": [list(lot) for lot in lots]})
 
-    def routes(self, table: RouteTable, me: NodeId) -> None:
-        self._send({"op": "routes", "table": table.to_json(), "me": me})
+    def routes(self, table: RouteTable) -> None:
+        self._send({"op": "routes", "table": table.to_json()})
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._process:
@@ -196,7 +201,7 @@ class EngineLink:
 
     async def _live(self, first: bool) -> None:
         """One engine from start to end."""
-        process = await EngineProcess.start(self._options)
+        process = await EngineProcess.start(self._options, self._command)
         why = "it did not start"
         try:
             await self._expect_ready(process)

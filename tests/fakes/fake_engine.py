@@ -4,7 +4,6 @@ It answers a prompt with its words, "you said: …", one token each. The last wo
 for something else: see `op_generate` and `Job`.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -13,23 +12,22 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
-from coeld.engine.protocol import decode, encode, error_to_json
+from coeld.engine.protocol import EngineOptions, decode, encode, error_to_json
 from coeld.errors import CoeldError
 from coeld.model.store import Store
 
 
 class FakeEngine:
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, fd: int, options: EngineOptions) -> None:
         self.options = options
-        self.sock = socket.socket(fileno=options.fd)
+        self.sock = socket.socket(fileno=fd)
         self.listener = socket.create_server((options.host, options.port))
         self.buffer = b""
         self.requests: dict[str, Job] = {}
         self.lots: set[tuple[int, int]] = set()
         self.cancelled: list[str] = []
-        self.store = Store(options.store)
+        self.store = Store(options.store_dir)
 
     def say(self, ev: str, **fields: object) -> None:
         self.sock.sendall(encode({"ev": ev, **fields}))
@@ -62,13 +60,13 @@ class FakeEngine:
         self.say(
             "opened",
             model=manifest.name,
-            context_tokens=self.options.context,
+            context_tokens=self.options.context_tokens,
             trunk_bytes=manifest.trunk_bytes,
             hash=manifest.hash,
         )
 
     def op_routes(self, message: dict) -> None:
-        assert message["me"]
+        assert message["table"]["model"]
 
     def op_load(self, message: dict) -> None:
         self.lots |= {tuple(lot) for lot in message["lots"]}
@@ -154,21 +152,14 @@ class Job:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    for name in ("fd", "port", "threads", "context", "requests-max", "call-deadline-ms"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("node", "swarm", "host"):
-        parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--store", type=Path, required=True)
-    parser.add_argument("--patience-s", type=float, required=True)
+    fd, options = EngineOptions.parse()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    options = parser.parse_args()
     try:
-        engine = FakeEngine(options)
+        engine = FakeEngine(fd, options)
     except OSError as exc:
         text = f"The data port {options.host}:{options.port} cannot be opened ({exc.strerror})."
         message = {"ev": "failed", "model": "", "type": "StartError", "message": text}
-        socket.socket(fileno=options.fd).sendall(encode(message))
+        socket.socket(fileno=fd).sendall(encode(message))
         return 1
     engine.run()
     return 0

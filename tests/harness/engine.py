@@ -21,8 +21,8 @@ class Engine:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = {
-                "fd": theirs.fileno(), "store": store, "node": node, "swarm": "s",
-                "host": "127.0.0.1", "port": port, "threads": 1, "context": context,
+                "fd": theirs.fileno(), "store-dir": store, "node": node, "swarm": "s",
+                "host": "127.0.0.1", "port": port, "threads": 1, "context-tokens": context,
                 "requests-max": 2, "call-deadline-ms": 500, "patience-s": 0.5,
             }  # fmt: skip
             command = [sys.executable, "-m", "coeld.engine"]

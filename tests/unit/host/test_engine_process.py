@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from coeld.engine.protocol import EngineOptions
 from coeld.errors import FrameError, StartError
-from coeld.host.engine_process import NICENESS, EngineOptions, EngineProcess
+from coeld.host.engine_process import NICENESS, EngineProcess
 from coeld.ids import NodeId
 from coeld.net.engine_link import EngineLink
 
@@ -19,20 +20,26 @@ sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
 READY = b'{"ev":"ready","data_host":"h","data_port":1,"kernel_mb_per_s":1}\n'
 
 
-def options(code: str) -> EngineOptions:
-    return EngineOptions(
-        store_dir=Path("/nonexistent"),
-        node=NodeId("a" * 16),
-        swarm="s",
-        host="127.0.0.1",
-        port=0,
-        threads=1,
-        context_tokens=64,
-        requests_max=1,
-        call_deadline_ms=100,
-        patience_s=1,
-        command=(sys.executable, "-c", PREAMBLE + code),
-    )
+OPTIONS = EngineOptions(
+    store_dir=Path("/nonexistent"),
+    node=NodeId("a" * 16),
+    swarm="s",
+    host="127.0.0.1",
+    port=0,
+    threads=1,
+    context_tokens=64,
+    requests_max=1,
+    call_deadline_ms=100,
+    patience_s=1.5,
+)
+
+
+def command(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", PREAMBLE + code)
+
+
+def test_the_command_line_carries_every_option() -> None:
+    assert EngineOptions.parse(OPTIONS.arguments(7)) == (7, OPTIONS)
 
 
 def test_an_engine_that_does_not_want_to_stop_is_killed_in_time() -> None:
@@ -40,7 +47,7 @@ def test_an_engine_that_does_not_want_to_stop_is_killed_in_time() -> None:
         loop = asyncio.get_running_loop()
         ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         code = f"{ignore}sock.sendall({READY!r}); time.sleep(60)"
-        process = await EngineProcess.start(options(code))
+        process = await EngineProcess.start(OPTIONS, command(code))
         assert await process.receive() == {
             "ev": "ready",
             "data_host": "h",
@@ -66,7 +73,7 @@ def test_an_engine_that_does_not_want_to_stop_is_killed_in_time() -> None:
 )
 def test_what_is_no_message_is_a_frame_error(code: str) -> None:
     async def scenario() -> None:
-        process = await EngineProcess.start(options(code))
+        process = await EngineProcess.start(OPTIONS, command(code))
         try:
             with pytest.raises(FrameError):
                 await process.receive()
@@ -79,7 +86,7 @@ def test_what_is_no_message_is_a_frame_error(code: str) -> None:
 
 def test_half_a_line_at_the_end_is_the_end() -> None:
     async def scenario() -> None:
-        process = await EngineProcess.start(options("sock.sendall(b'{\"ev\":')"))
+        process = await EngineProcess.start(OPTIONS, command("sock.sendall(b'{\"ev\":')"))
         assert await process.receive() is None
         await process.stop()
 
@@ -97,7 +104,7 @@ def test_a_first_engine_that_cannot_start_is_a_start_error(code: str, says: str)
     async def scenario() -> None:
         events: list[object] = []
         try:
-            await EngineLink(options(code), "", events.append).run()
+            await EngineLink(OPTIONS, "", events.append, command(code)).run()
         finally:
             assert events == []
 
