@@ -13,11 +13,8 @@ UNITS = Path(__file__).parents[3] / "systemd"
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
-def test_the_units_pass_systemd_analyze_verify(tmp_path: Path) -> None:
-    for name in ("coeld.service", "coeld.socket"):
-        text = (UNITS / name).read_text()  # the binary is not installed here: a stand-in is
-        (tmp_path / name).write_text(text.replace("/usr/local/bin/coeld", "/bin/true"))
-    command = ["systemd-analyze", "verify", *map(str, sorted(tmp_path.iterdir()))]
+def test_the_units_pass_systemd_analyze_verify() -> None:
+    command = ["systemd-analyze", "verify", *map(str, sorted(UNITS.iterdir()))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
