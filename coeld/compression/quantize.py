@@ -2,8 +2,7 @@
 
 A block of B weights shares one float32 scale = max|w| / 127; each weight is the nearest of the
 255 multiples of it. Symmetric, because kernels with a fixed zero point (128) are the fast ones, and
-at 8 bits a zero point of its own would gain next to nothing. B = 64 was measured faster than 32 and
-costs 1/16 of a byte per weight for scales.
+at 8 bits a zero point of its own would gain next to nothing.
 """
 
 from typing import Final
@@ -17,15 +16,16 @@ LEVELS: Final = 127
 
 
 def quantize(
-    weight: NDArray[np.float32], block: int
+    weight: NDArray[np.float32], bits: int, block: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """(N, K) to w (N, K/block, block) uint8 and scale (N, K/block) float32.
+    """(N, K) to w (N, K*bits/8) uint8 and scale (N, K/block) float32.
 
     K must be a multiple of `block` and all values finite. Error bound, per weight:
     |dequantize(w, scale) - weight| <= max|weight in its block| / 254 (half a step), up to float32
     rounding. Deterministic: the same input gives the same bytes on every machine.
     """
     rows, columns = weight.shape
+    assert bits == 8, f"{bits} bits"
     assert columns % block == 0, f"{columns} is no multiple of the block {block}"
     blocks = weight.reshape(rows, columns // block, block)
     scale = np.abs(blocks).max(axis=2) / np.float32(LEVELS)
@@ -34,10 +34,11 @@ def quantize(
     np.rint(steps, out=steps)
     np.clip(steps, -LEVELS, LEVELS, out=steps)
     steps += ZERO_POINT
-    return steps.astype(np.uint8), scale
+    return steps.astype(np.uint8).reshape(rows, columns), scale
 
 
-def dequantize(w: NDArray[np.uint8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The inverse: (N, K/block, block) and (N, K/block) to (N, K) float32."""
-    values = (w.astype(np.float32) - np.float32(ZERO_POINT)) * scale[..., None]
-    return values.reshape(w.shape[0], -1)
+def dequantize(w: NDArray[np.uint8], scale: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """The inverse: (N, K*bits/8) and (N, K/block) to (N, K) float32."""
+    assert bits == 8, f"{bits} bits"
+    blocks = w.reshape(*scale.shape, -1).astype(np.float32) - np.float32(ZERO_POINT)
+    return (blocks * scale[..., None]).reshape(w.shape)
