@@ -171,8 +171,8 @@ def draw(checkpoint: Checkpoint, family: Family) -> Blueprint:
         shape = replace(
             shape, experts=slices, top_k=slices, expert_width=shape.expert_width // slices
         )
-    settings.refuse_what_nobody_asked_for()
     blueprint = drafter.blueprint(shape, block)
+    settings.refuse_what_nobody_asked_for()
     _check(blueprint)
     return blueprint
 
