@@ -357,8 +357,10 @@ class _Drafter:
             "shared_up": (Source("ffn_up_shexp.weight", (width, h)),),
             "shared_down": (Source("ffn_down_shexp.weight", (h, width)),),
         }
-        if self._settings.has("blk.0.ffn_gate_inp_shexp.weight"):
-            row = Source("ffn_gate_inp_shexp.weight", (h,), None, lambda x: x[None])
+        name = "ffn_gate_inp_shexp.weight"
+        if self._settings.has(f"blk.0.{name}"):
+            flat = len(self._settings.checkpoint.shape(f"blk.0.{name}")) == 1  # older files
+            row = Source(name, (h,), None, lambda x: x[None]) if flat else Source(name, (1, h))
             shared["shared_score"] = (row,)
         return shared
 
