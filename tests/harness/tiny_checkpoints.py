@@ -71,6 +71,7 @@ FAMILIES = {
             "head_dim": 32,
             "attention_bias": False,
             "mlp_bias": False,
+            "rms_norm_eps": 0.01,
             "rope_theta": 500000.0,
             "rope_scaling": {
                 "rope_type": "llama3",
@@ -107,7 +108,7 @@ FAMILIES = {
             "head_dim": 64,
             "tie_word_embeddings": True,
             "attention_bias": True,
-            "rms_norm_eps": 1e-4,
+            "rms_norm_eps": 0.02,
             "use_sliding_window": False,
         },
         dtypes=("F16",),
@@ -180,6 +181,7 @@ FAMILIES = {
             "norm_topk_prob": False,
             "attention_bias": False,
             "clip_qkv": None,
+            "rms_norm_eps": 0.01,
         },
         dtypes=("BF16",),
         seed=7,
@@ -217,6 +219,7 @@ FAMILIES = {
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "swiglu_limit": 7.0,
+            "rms_norm_eps": 0.01,
             "rope_theta": 150000.0,
             "rope_scaling": {
                 "rope_type": "yarn",
