@@ -47,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 
 ROWS: Final = 4096
 """Rows of the vocabulary matrices converted at a time."""
-FRAMING_BYTES: Final = 16 << 10
+FRAMING_BYTES: Final = 8 << 10
 """More than what ONNX adds around the weights of a blob, without the padding to pages."""
 EXPERT_BITS: Final = (2, 3, 4, 8, FLOAT_BITS)
 TRUNK_BITS: Final = (4, 8, FLOAT_BITS)
@@ -188,7 +188,7 @@ class _Import:
                 line = json.dumps({"part": part, "refs": [asdict(ref) for ref in refs]}) + "\n"
                 log.write(line.encode())
         elif part.startswith("layer ") and self._calibration is not None:
-            for _ in self._build(part):  # for the hidden states that the next layer needs
+            for _ in self._weights(part):  # for the hidden states that the next layer needs
                 pass
         else:
             self._advance(part, *self._sources(part))
@@ -217,24 +217,27 @@ class _Import:
             yield from self._build_layer(part)
 
     def _build_layer(self, part: str) -> Iterator[Blob]:
-        plan, calibration = self._blueprint, self._calibration
-        layer = int(part.removeprefix("layer "))
+        shape, block = self._shape, self._blueprint.block
+        several = self._weights(part)
+        form = Form(self._trunk_bits, block)
+        yield onnx_blobs.linear_blob("trunk", trunk_weights(next(several), shape, form), form)
+        slices = shape.experts if shape.routing is None else 1
+        widths = iter(self._bits[_layer(part)])
+        for expert in several:
+            for own in range(slices):
+                weights = expert_weights(neurons(expert, own, slices), Form(next(widths), block))
+                yield onnx_blobs.expert_blob(weights, shape)
+
+    def _weights(self, part: str) -> Iterator[dict[str, Floats]]:
+        """A layer's trunk, then its experts (or dense block), smoothed, as float32."""
+        plan, calibration, layer = self._blueprint, self._calibration, _layer(part)
         trunk = plan.trunk(layer)
-        if calibration is not None:
-            trunk = calibration.trunk(trunk)
-        form = Form(self._trunk_bits, plan.block)
-        yield onnx_blobs.linear_blob("trunk", trunk_weights(trunk, self._shape, form), form)
+        yield trunk if calibration is None else calibration.trunk(trunk)
         del trunk
         self._advance(part, *(s for several in plan.layers[layer].trunk.values() for s in several))
         for index, sources in enumerate(plan.layers[layer].experts):
             expert = plan.expert(layer, index)
-            if calibration is not None:
-                expert = calibration.expert(index, expert)
-            slices = self._shape.experts if self._shape.routing is None else 1
-            for own in range(slices):
-                bits = self._bits[layer][index + own]
-                weights = expert_weights(neurons(expert, own, slices), Form(bits, plan.block))
-                yield onnx_blobs.expert_blob(weights, self._shape)
+            yield expert if calibration is None else calibration.expert(index, expert)
             self._advance(part, *sources.values())
 
     def _head_form(self) -> Form:
@@ -263,7 +266,7 @@ class _Import:
         elif part == "embedding":
             yield plan.embedding
         else:
-            layer = plan.layers[int(part.removeprefix("layer "))]
+            layer = plan.layers[_layer(part)]
             for sources in layer.trunk.values():
                 yield from sources
             for expert in layer.experts:
@@ -272,19 +275,19 @@ class _Import:
     def _wanted_bytes(self, journal: dict[str, list[BlobRef]]) -> int:
         """Bytes still to be written, at most."""
         shape, block = self._shape, self._blueprint.block
-        vocabulary = shape.vocab * shape.hidden
-        total = _stored_bytes(vocabulary, self._head_form()) * (1 if self._blueprint.tied else 2)
-        trunk = sum(n * k for _, n, k in trunk_matrices(shape))
-        expert = sum(n * k for _, n, k in expert_matrices(shape))
-        # Norms, biases and routers, as float32; more than there are.
-        rest = 4 * shape.hidden * (8 + shape.experts) + 4 * sum(
-            n for _, n, _ in trunk_matrices(shape)
-        )
+        head = _stored_bytes(shape.vocab, shape.hidden, self._head_form())
+        total = head if self._blueprint.tied else 2 * head
+        trunk = Form(self._trunk_bits, block)
+        # Norms, biases and routers are float32: more than there are.
+        rest = 4 * shape.hidden * (8 + shape.experts)
         for row in self._bits:
-            total += _stored_bytes(trunk, Form(self._trunk_bits, block)) + rest
-            total += sum(_stored_bytes(expert, Form(bits, block)) for bits in row)
-        blobs = 4 + shape.layers * (1 + shape.experts)
-        total += blobs * (FRAMING_BYTES + 4 * PAGE)
+            total += rest
+            for _, n, k in trunk_matrices(shape):
+                total += _stored_bytes(n, k, trunk) + 4 * n
+            for bits in row:
+                for _, n, k in expert_matrices(shape):
+                    total += _stored_bytes(n, k, Form(bits, block)) + 4 * n
+        total += (4 + shape.layers * (1 + shape.experts)) * FRAMING_BYTES
         if self._vocabulary is not None:
             total += len(self._vocabulary.json)
         return max(0, total - sum(ref.bytes for refs in journal.values() for ref in refs))
@@ -311,6 +314,10 @@ class _Import:
             eos_tokens=vocabulary.eos_tokens if vocabulary else (),
             add_bos=vocabulary.add_bos if vocabulary else False,
         )
+
+
+def _layer(part: str) -> int:
+    return int(part.removeprefix("layer "))
 
 
 def trunk_weights(layer: dict[str, Floats], shape: Shape, form: Form) -> Weights:
@@ -361,10 +368,11 @@ def _count(source: Source) -> int:
     return prod(source.shape if source.index is None else source.shape[1:])
 
 
-def _stored_bytes(count: int, form: Form) -> int:
-    if form.bits == FLOAT_BITS:
-        return 4 * count
-    return count * form.bits // 8 + 4 * count // form.block
+def _stored_bytes(n: int, k: int, form: Form) -> int:
+    """Of a matrix (n, k), with the padding to pages."""
+    exact = form.bits == FLOAT_BITS
+    parts = (4 * n * k,) if exact else (n * k * form.bits // 8, 4 * n * k // form.block)
+    return sum(part + PAGE if part >= PAGE else part for part in parts)
 
 
 def read_journal(path: Path, store: Store) -> dict[str, list[BlobRef]]:

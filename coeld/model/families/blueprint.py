@@ -186,6 +186,8 @@ def _shape(settings: Settings, family: Family, traits: Traits) -> Shape:
     for name in ("attention.value_length", "rope.dimension_count"):
         if settings.gguf and settings.count("", name, head_dim) != head_dim:
             settings.refuse(name, settings.value("", name))
+    if traits.top_k > traits.experts:
+        settings.bad("num_experts_per_tok", "expert_used_count", traits.top_k)
     if heads % kv_heads or head_dim % 8:
         raise UnsupportedModel(
             f"{heads} heads over {kv_heads} key-value heads of {head_dim}: coeld needs a whole "
