@@ -2,7 +2,7 @@
 
 It serves two ends. Smoothing: the pass notes the loudest value of every channel that enters a
 matrix, and hands back the same layer with smoothed channels. Statistics: it knows which rows each
-expert is given and with which weight (`observe`), from which the width of each expert follows.
+expert is given and with which weight, from which the width of each expert can follow.
 
 Experts are handed in one by one, and only the rows that chose an expert run through it. Smoothing
 is folded where that is exact: into norms, and into the rows of v and up that produce what o and
@@ -14,7 +14,6 @@ and the noise of float32 sums would now and then choose another expert or anothe
 The text is in this folder and the same everywhere.
 """
 
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Final
 
@@ -168,24 +167,6 @@ class Calibration:
         cos, sin = np.cos(angles) * rope.scale, np.sin(angles) * rope.scale
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-Visit = Callable[[int, int, Calibration, Weights], None]
-"""(layer, expert, calibration, the expert's weights as they will be quantised)."""
-
-
-def observe(blueprint: Blueprint, tokens: list[int], visit: Visit) -> None:
-    """Run a text through the model and show each expert with the rows it is given.
-
-    `visit` finds those in `calibration.rows` and `calibration.gates[:, expert]`. In a dense model
-    expert 0 is the whole feed-forward block. Raises BadModelFile.
-    """
-    calibration = Calibration(blueprint, tokens)
-    for layer in range(blueprint.shape.layers):
-        calibration.trunk(blueprint.trunk(layer))
-        for expert in range(len(blueprint.layers[layer].experts)):
-            weights = calibration.expert(expert, blueprint.expert(layer, expert))
-            visit(layer, expert, calibration, weights)
 
 
 def times(x: Doubles, weight: Floats) -> Doubles:

@@ -384,6 +384,6 @@ def read_journal(path: Path, store: Store) -> dict[str, list[BlobRef]]:
             value = json.loads(line)
             refs = [parse_blob(ref) for ref in value["refs"]]
             parts[str(value["part"])] = refs
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue
     return {part: refs for part, refs in parts.items() if all(map(store.has, refs))}

@@ -280,7 +280,7 @@ def parse_manifest(text: str) -> Manifest:
             }
         )
         _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise BadModelFile(
             f"the manifest is damaged ({exc}). Remove the model and add it again: "
             "coeld model rm NAME, coeld model add NAME."
@@ -307,7 +307,7 @@ def _optional_blob(value: dict[str, Any] | None) -> BlobRef | None:
 
 
 def parse_blob(value: dict[str, Any]) -> BlobRef:
-    """Raises ValueError, KeyError, TypeError or AttributeError when it is malformed."""
+    """Raises ValueError, KeyError, TypeError, AttributeError or OverflowError."""
     sha256 = value["sha256"]
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise ValueError(f"not a sha256: {sha256!r}")
