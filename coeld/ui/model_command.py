@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
         "--store", type=Path, metavar="DIR", help=f"where models are kept ({default_store()})"
     )
     add = commands.add_parser("add", parents=[store], help="install a model")
-    add.add_argument("model", metavar="NAME|FILE", help="a known model, or a GGUF file")
+    add.add_argument("model", metavar="NAME|SOURCE", help="a known model, or a GGUF file")
     add.add_argument("--name", help="what to call the model of a file (default: after the file)")
     add.add_argument(
         "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
@@ -57,9 +57,8 @@ def _add(args: argparse.Namespace) -> int:
     start = time.monotonic()
     try:
         with _progress() as progress:
-            path = Path(args.model)
-            if path.suffix == ".gguf" or "/" in args.model:
-                manifest = _add_file(store, path, args, progress)
+            if _is_source(args.model):
+                manifest = _add_source(store, args, progress)
             elif args.name:
                 raise ModelError("--name is for files; known models keep their name.")
             else:
@@ -71,12 +70,23 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_file(store: Store, path: Path, args: argparse.Namespace, progress: "Progress") -> Manifest:
+def _is_source(text: str) -> bool:
+    """Whether it names a file, a folder or a repository on the hub, not a known model."""
+    return text.startswith("hf:") or "/" in text or text.endswith(".gguf") or Path(text).is_dir()
+
+
+def _name_after(source: str) -> str:
+    """Its last part, in the characters that names may have."""
+    last = source.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".gguf")
+    return re.sub(r"[^a-z0-9._-]", "-", last.lower())
+
+
+def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     from coeld.model.importer import import_checkpoint  # half a second: numpy, onnx, tokenizers
     from coeld.model.open_checkpoint import open_checkpoint
 
-    name = args.name or re.sub(r"[^a-z0-9._-]", "-", path.stem.lower())
-    with open_checkpoint(path) as checkpoint:
+    name = args.name or _name_after(args.model)
+    with open_checkpoint(args.model) as checkpoint:
         return import_checkpoint(store, checkpoint, name, progress, precision=_precision(args))
 
 

@@ -74,12 +74,18 @@ def test_granites_shared_expert_adds_to_the_routed_ones() -> None:
 def test_each_missing_tensor_is_named(name: str, spelling: Any) -> None:
     checkpoint = spelling(name)
     optional = {"rope_freqs.weight", "output.weight"}
-    for tensor in checkpoint.tensors.keys() - optional:
+    for tensor in some(checkpoint) - optional:
         broken = without(checkpoint, tensor)
         with pytest.raises(ModelError, match=tensor.replace(".", r"\.")) as caught:
             blueprint(broken)
         assert type(caught.value) is BadModelFile
         assert broken.reads in ([], ["rope_freqs.weight"]), "nothing is read before the check"
+
+
+def some(checkpoint: MemoryCheckpoint) -> set[str]:
+    """The tensors of one layer, and those of none."""
+    others = (".layers.0.", ".layers.2.", "blk.0.", "blk.2.")
+    return {name for name in checkpoint.names() if not any(part in name for part in others)}
 
 
 def without(checkpoint: MemoryCheckpoint, tensor: str) -> MemoryCheckpoint:
@@ -91,7 +97,8 @@ def without(checkpoint: MemoryCheckpoint, tensor: str) -> MemoryCheckpoint:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_misshaped_tensor_is_named_with_both_shapes(name: str, spelling: Any) -> None:
     checkpoint = spelling(name)
-    for tensor, value in checkpoint.tensors.items():
+    for tensor in some(checkpoint):
+        value = checkpoint.tensors[tensor]
         wrong = np.concatenate([value, value[:1]])
         changed = {**checkpoint.tensors, tensor: wrong}
         with pytest.raises(BadModelFile, match="expected") as caught:
