@@ -2,9 +2,10 @@
 
 Each owner gets one copy of each row that chose one of its experts, with their gate weights, and
 adds up its experts' outputs before it answers; local experts run while peers compute. A device
-that serves all that were chosen is preferred to several that share them: its sum has the bits that one device alone would compute. Partial sums added in another
-order differ in the last bit, which int8 rounding of activations amplifies to the size of its own
-error (median 0.17 in a logit of SmolLM2), enough to flip near-ties in greedy decoding.
+that serves all that were chosen is preferred to several that share them: its sum has the bits that
+one device alone would compute. Partial sums added in another order differ in the last bit, which
+int8 rounding of activations amplifies to the size of its own error (median 0.17 in a logit of
+SmolLM2), enough to flip near-ties in greedy decoding.
 
 Owners are stateless, so a layer that failed is simply asked again: another owner, this device if
 the lots have been loaded meanwhile, or whoever the next route table names. Only when nobody holds
@@ -121,7 +122,7 @@ class Dispatcher:
         if gates is None:
             return frozenset(range(self.experts))
         columns = gates[0] if len(gates) == 1 else gates.any(axis=0)
-        return frozenset(columns.nonzero()[0].tolist())
+        return frozenset(np.flatnonzero(columns).tolist())
 
     def _attempt(
         self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None
@@ -237,7 +238,7 @@ def _rows_for(
     weights = np.ascontiguousarray(gates[:, ids])
     if len(x) == 1:
         return x, weights, None
-    picked = weights.any(axis=1).nonzero()[0]
+    picked = np.flatnonzero(weights.any(axis=1))
     if len(picked) == len(x):
         return x, weights, None
     return x[picked], weights[picked], picked

@@ -15,8 +15,8 @@
 
 All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then, with
 the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries one row per
-row: the sum over those experts of gate weight (without the flag: 1) times output. HELLO and ERROR carry JSON.
-Rows travel as float32: exact mode.
+row: the sum over those experts of gate weight (without the flag: 1) times output. HELLO and ERROR
+carry JSON. Rows travel as float32: exact mode.
 """
 
 import json

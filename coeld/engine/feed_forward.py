@@ -85,10 +85,10 @@ def _one_width(
     graph: Graph, p: str, shape: Shape, refs: Sequence[BlobRef], x: str, gates: str, out: str
 ) -> str:
     form, act = expert_form(shape, refs[0]), shape.activation
-    names = {name: "" for name in ("fc1.w", "fc1.s", "fc1.b", "fc2.w", "fc2.s", "fc2.b")}
+    names = dict.fromkeys(("fc1.w", "fc1.s", "fc1.b", "fc2.w", "fc2.s", "fc2.b"), "")
     for name in names.keys() & refs[0].tensors.keys():
         names[name] = p + name
-        graph.weights[p + name] = Stored(graph.store, tuple(refs), name)
+        graph.weights[p + name] = Stored(graph.blobs, tuple(refs), name)
     attributes = {
         "k": min(shape.top_k, len(refs)),
         "activation_type": "swiglu",
@@ -126,7 +126,7 @@ def _merged(
     out: str,
 ) -> str:
     """Rows of gate and up of the slices follow each other, so do the columns of down."""
-    form, slices = expert_form(shape, refs[0]), [graph.store.tensors(ref) for ref in refs]
+    form, slices = expert_form(shape, refs[0]), [graph.blobs.tensors(ref) for ref in refs]
     graph.rows_matmul(x, p + "g", p + "gate", [_halves(t, "fc1", form, 0) for t in slices], form)
     graph.rows_matmul(x, p + "u", p + "up", [_halves(t, "fc1", form, 1) for t in slices], form)
     graph.add("QuickGelu", [p + "g"], [p + "silu"], alpha=1.0)

@@ -34,9 +34,9 @@ ACCURACY: Final = 4
 
 @dataclass(slots=True)
 class Graph:
-    """A graph that reads its weights from `store`."""
+    """A graph that reads its stored weights, if any, from `store`."""
 
-    store: Blobs
+    store: Blobs | None = None
     nodes: list[NodeProto] = field(default_factory=list)
     inputs: list[ValueInfoProto] = field(default_factory=list)
     outputs: list[ValueInfoProto] = field(default_factory=list)
@@ -59,9 +59,15 @@ class Graph:
             self.constant(name, np.array(values, np.int64))
         return name
 
+    @property
+    def blobs(self) -> Blobs:
+        """The store, of a graph that has one."""
+        assert self.store is not None
+        return self.store
+
     def stored(self, name: str, ref: BlobRef, tensor: str) -> str:
         """A tensor of a blob."""
-        self.weights[name] = Stored(self.store, (ref,), tensor)
+        self.weights[name] = Stored(self.blobs, (ref,), tensor)
         return name
 
     def take(self, name: str, dtype: int, shape: Sequence[str | int]) -> str:

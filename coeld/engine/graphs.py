@@ -1,4 +1,4 @@
-"""The graphs of a plan: a span of layers, the experts of a cut layer. Nodes and weights, no session."""
+"""The graphs of a plan: a span of layers, the experts of a cut layer. No sessions here."""
 
 from collections.abc import Sequence
 
@@ -55,7 +55,7 @@ def span_graph(manifest: Manifest, store: Blobs, span: Span) -> Graph:
 
 
 def expert_graph(manifest: Manifest, store: Blobs, layer: int, experts: Sequence[int]) -> Graph:
-    """Experts of one layer: `x` (n, H), `gates` (n, len(experts)) in session order -> `y` (n, H)."""
+    """Experts of one layer, in session order: `x` (n, H), `gates` (n, len(experts)) to `y` (n, H)."""
     shape, graph = manifest.shape, Graph(store)
     x = graph.take("x", F32, ["n", shape.hidden])
     gates = graph.take("gates", F32, ["n", len(experts)])

@@ -1,13 +1,9 @@
 """The trunk's parts of a graph: attention, the shared expert, the head."""
 
-from typing import Final
-
 import numpy as np
 
 from coeld.engine.graph import F32, I64, Graph
-from coeld.model.manifest import BlobRef, Manifest, Shape, matrix_form, trunk_matrices
-
-QUANTISED_HEAD_BITS: Final = (4, 8)
+from coeld.model.manifest import BlobRef, Form, Manifest, Shape, matrix_form, trunk_matrices
 
 
 def attention(
@@ -56,7 +52,7 @@ def attention(
     return normed, residual
 
 
-def _forms(shape: Shape, ref: BlobRef) -> dict[str, "Form"]:
+def _forms(shape: Shape, ref: BlobRef) -> dict[str, Form]:
     return {name: matrix_form(ref, name, n, k) for name, n, k in trunk_matrices(shape)}
 
 

@@ -35,6 +35,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_PROT_NONE: Final = 0
 _MAP_FIXED: Final = 0x10
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 _MADV_DONTNEED: Final = 4
@@ -106,7 +107,7 @@ class Mapped:
         shape: tuple[int, ...],
     ) -> None:
         self.bytes = sum(size for _path, _offset, size in places)
-        self._address = _map(None, self.bytes, mmap.PROT_NONE, mmap.MAP_ANONYMOUS, -1, 0)
+        self._address = _map(None, self.bytes, _PROT_NONE, mmap.MAP_ANONYMOUS, -1, 0)
         weakref.finalize(self, _libc.munmap, self._address, self.bytes)
         at = self._address
         for path, offset, size in places:
@@ -117,8 +118,8 @@ class Mapped:
                 os.close(handle)
             at += size
         whole = (ctypes.c_uint8 * self.bytes).from_address(self._address)
-        whole._owner = self  # type: ignore[attr-defined]  # arrays keep `whole`, it keeps the mapping
-        self.array: Array = np.frombuffer(whole, dtype).reshape(shape)
+        self.array: Array = np.ctypeslib.as_array(whole).view(dtype).reshape(shape)
+        """Valid as long as this object."""
 
     def give_back(self) -> None:
         """Let go of the pages. Whoever looks again reads them from the page cache or the disk."""
