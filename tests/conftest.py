@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from coeld.engine.sessions import use_threads
-from coeld.model.importer import import_gguf
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store, default_store
+from tests.harness.importing import import_file
 from tests.harness.mosquitto import Mosquitto
 from tests.reference.tiny_gguf import write_tiny_llama
 
@@ -30,7 +30,7 @@ def tiny_gguf(tmp_path_factory) -> Path:
 def tiny_store(tmp_path_factory, tiny_gguf) -> Store:
     """A store with the model "tiny": 3 layers of 8 experts."""
     store = Store(tmp_path_factory.mktemp("store"))
-    import_gguf(store, tiny_gguf, "tiny", None, lambda *_progress: None)
+    import_file(store, tiny_gguf, "tiny")
     return store
 
 

@@ -8,21 +8,22 @@ Nothing is memory-mapped: a file cut short while it is read is an error, not a b
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
+import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Final, NoReturn, Self, TypeVar
+from typing import Any, BinaryIO, Final, NoReturn, Self
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from coeld.errors import BadModelFile, UnsupportedModel
+from coeld.model.checkpoint import Kind, Vocabulary, expect
 
-T = TypeVar("T")
 Type = gguf.GGMLQuantizationType
 SUPPORTED_TYPES: Final = (Type.F32, Type.F16, Type.Q8_0, Type.Q4_1)
 VERSIONS: Final = (2, 3)
@@ -55,7 +56,9 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file. `metadata` values are int, float, bool, str, or lists of those."""
+    """An open GGUF file, a Checkpoint. `config` values are int, float, bool, str, or lists."""
+
+    kind: Kind = "gguf"
 
     def __init__(self, path: Path) -> None:
         """Raises BadModelFile or UnsupportedModel; OSError when the file cannot be opened."""
@@ -64,7 +67,7 @@ class GgufFile:
         self._file = path.open("rb")
         try:
             header = _Header(path, self._file, self.bytes)
-            self.metadata = header.metadata
+            self.config = header.metadata
             self.tensors = header.tensors
         except BaseException:
             self._file.close()
@@ -78,7 +81,30 @@ class GgufFile:
     ) -> None:
         self._file.close()
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+    @property
+    def source(self) -> str:
+        return self.path.name
+
+    @property
+    def licence(self) -> str:
+        return expect(self, "general.license", str, lambda _: True, "unknown")
+
+    def names(self) -> Collection[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def fingerprint(self) -> str:
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def vocabulary(self, rows: int) -> Vocabulary | None:
+        from coeld.model.tokenizer import read_vocabulary  # which reads what is open here
+
+        return read_vocabulary(self, rows)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows start..stop (of the first dimension) of a tensor, dequantised.
 
         Raises BadModelFile when the tensor does not exist, the file got shorter, or a value is not
@@ -103,7 +129,7 @@ class GgufFile:
                 f"tensor {name} of {self.path} holds infinities or NaN: the file is damaged. "
                 "Get it again."
             )
-        return np.asarray(values, np.float32).reshape(stop - start, *rest)
+        return np.array(values, np.float32).reshape(stop - start, *rest)
 
 
 class _Header:
@@ -231,16 +257,3 @@ class _Header:
         if min(shape) < 1 or shape[-1] % block:
             self._bad(f"tensor {name!r} has the shape {shape}")
         return GgufTensor(name, shape, Type(kind), offset, prod(shape) // block * block_bytes)
-
-
-def expect(
-    file: GgufFile, key: str, kind: type[T], check: Callable[[T], bool], default: T | None = None
-) -> T:
-    """A metadata value of the right type that passes `check`. Raises BadModelFile."""
-    value = file.metadata.get(key, default)
-    if type(value) is not kind or not check(value):
-        raise BadModelFile(
-            f"{file.path} gives {key} as {str(value)[:80]!r}, which cannot be. The file is damaged "
-            "or made by a broken tool; get it again."
-        )
-    return value

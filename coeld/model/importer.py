@@ -1,15 +1,18 @@
-"""GGUF file to store: dequantise, smooth, slice, quantise to int8, write blobs, then the manifest.
+"""Checkpoint to store: read, smooth, quantise, write blobs, then the manifest.
 
-One layer is in memory at a time. The dense feed-forward block of a layer becomes equal slices of
-its neurons, which add up to it exactly. A journal in `partial/`, named after the content of the
-source, records each finished part, so an interrupted import goes on where it was; everything is
-deterministic, so it ends with the same model hash.
+Everything streams: experts are read, quantised and written one by one, so that the largest thing
+in memory is one layer without its routed experts, or one expert. A dense feed-forward block becomes
+equal slices of its neurons, which add up to it exactly. A journal in `partial/`, named after the
+content of the source and the precision, records each finished part, so an interrupted import goes
+on where it was; everything is deterministic, so it ends with the same model hash.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,14 +20,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.compression.quantize import quantize
-from coeld.errors import ModelError, UnsupportedModel
+from coeld.errors import ModelError
 from coeld.model import onnx_blobs
 from coeld.model.calibration import Calibration, calibration_tokens
-from coeld.model.families import llama
-from coeld.model.gguf_file import GgufFile, expect
-from coeld.model.manifest import FORMAT, HEAD_BLOCK, BlobRef, Manifest, Shape, parse_blob
-from coeld.model.store import Store, check_name, disk_errors, file_sha256
-from coeld.model.tokenizer import Vocabulary, read_vocabulary
+from coeld.model.checkpoint import Checkpoint
+from coeld.model.families import blueprint
+from coeld.model.families.blueprint import Blueprint, Source
+from coeld.model.manifest import (
+    FORMAT,
+    HEAD_BLOCK,
+    PAGE,
+    BlobRef,
+    Form,
+    Manifest,
+    Shape,
+    expert_matrices,
+    parse_blob,
+    parse_manifest,
+    trunk_matrices,
+)
+from coeld.model.onnx_blobs import FLOAT_BITS, Blob
+from coeld.model.store import Store, check_name, disk_errors
 
 Progress = Callable[[int, int, str], None]
 """(done bytes, total bytes, what): called often, with rising `done`."""
@@ -32,8 +48,11 @@ Progress = Callable[[int, int, str], None]
 ROWS: Final = 4096
 """Rows of the vocabulary matrices converted at a time."""
 FRAMING_BYTES: Final = 8 << 10
-"""More than what ONNX adds around the weights of a blob."""
+"""More than what ONNX adds around the weights of a blob, without the padding to pages."""
+EXPERT_BITS: Final = (2, 3, 4, 8, FLOAT_BITS)
+TRUNK_BITS: Final = (4, 8, FLOAT_BITS)
 
+Floats = NDArray[np.float32]
 Weights = dict[str, NDArray[Any]]
 
 
@@ -45,22 +64,54 @@ class Origin:
     licence: str
 
 
-def import_gguf(
-    store: Store, path: Path, name: str, origin: Origin | None, progress: Progress
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bits per weight: 32 is float32."""
+
+    bits: int | Callable[[int, int], int] = 8
+    """Of experts; or of each, by (layer, expert)."""
+    trunk_bits: int = 8
+    """Of attention and shared experts. Embedding and head have 8 bits at least."""
+
+    def table(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
+        """Per layer, the bits of each expert. Raises ModelError."""
+        found = tuple(
+            tuple(
+                self.bits if isinstance(self.bits, int) else self.bits(layer, expert)
+                for expert in range(shape.experts)
+            )
+            for layer in range(shape.layers)
+        )
+        for bits, known, what in (
+            *((bits, EXPERT_BITS, "experts") for row in found for bits in row),
+            (self.trunk_bits, TRUNK_BITS, "the trunk"),
+        ):
+            if bits not in known:
+                raise ModelError(
+                    f"{bits} bits for {what}: use one of {', '.join(map(str, known))}."
+                )
+        return found
+
+
+def import_checkpoint(
+    store: Store,
+    checkpoint: Checkpoint,
+    name: str,
+    progress: Progress,
+    *,
+    origin: Origin | None = None,
+    precision: Precision | None = None,
 ) -> Manifest:
-    """Install a GGUF file under `name`. Without `origin`, the file speaks for itself.
+    """Install a checkpoint under `name`. Without `origin`, the source speaks for itself.
 
     Raises ModelError (name taken or impossible, store busy), BadModelFile, UnsupportedModel,
     DiskFull. Whatever stops it, no manifest is left, and the next call goes on.
     """
     require_new(store, name)
-    try:
-        file = GgufFile(path)
-    except OSError as exc:
-        raise ModelError(f"cannot open {path}: {exc.strerror}.") from exc
-    with file, store.lock():
+    with store.lock():
         require_new(store, name)
-        return _Import(store, file, name, origin, progress).run()
+        origin = origin or Origin(checkpoint.source, checkpoint.licence)
+        return _Import(store, checkpoint, name, origin, precision or Precision(), progress).run()
 
 
 def require_new(store: Store, name: str) -> None:
@@ -76,167 +127,252 @@ class _Import:
     """One run of an import; the store is locked."""
 
     def __init__(
-        self, store: Store, file: GgufFile, name: str, origin: Origin | None, progress: Progress
+        self,
+        store: Store,
+        checkpoint: Checkpoint,
+        name: str,
+        origin: Origin,
+        precision: Precision,
+        progress: Progress,
     ) -> None:
-        self._store, self._file, self._name, self._progress = store, file, name, progress
-        self._origin = origin or _origin(file)
-        family = expect(file, "general.architecture", str, bool)
-        if family != llama.ARCHITECTURE:
-            raise UnsupportedModel(
-                f"{file.path} has the architecture {family!r}. coeld runs "
-                f"{llama.ARCHITECTURE!r} models."
-            )
-        self._shape = llama.read_shape(file)
-        self._vocabulary = read_vocabulary(file, self._shape.vocab)
-        self._tied = llama.HEAD not in file.tensors
-        self._done_bytes = 0
-        tokens = calibration_tokens(self._vocabulary.json)
-        embedded = [file.rows(llama.EMBEDDING, token, token + 1) for token in tokens]
-        self._calibration = Calibration(self._shape, np.concatenate(embedded))
+        self._store, self._checkpoint, self._name = store, checkpoint, name
+        self._origin, self._progress = origin, progress
+        self._blueprint: Blueprint = blueprint(checkpoint)
+        self._shape = self._blueprint.shape
+        self._vocabulary = checkpoint.vocabulary(self._shape.vocab)
+        self._bits, self._trunk_bits = precision.table(self._shape), precision.trunk_bits
+        self._calibration = self._calibrate()
+        self._done = 0
+        self._total = sum(sum(map(_count, self._sources(part))) for part in self._parts())
+
+    def _calibrate(self) -> Calibration | None:
+        """None where nothing is rounded, or no text can be fed: nothing is smoothed then."""
+        exact = {FLOAT_BITS} == {self._trunk_bits, *(bits for row in self._bits for bits in row)}
+        if exact or self._vocabulary is None:
+            return None
+        return Calibration(self._blueprint, calibration_tokens(self._vocabulary.json))
 
     def run(self) -> Manifest:
-        self._progress(0, self._file.bytes, "checking the file")
-        digest = file_sha256(self._file.path)
-        path = self._store.partial / f"{digest}.{FORMAT}.journal"
+        self._progress(0, self._checkpoint.bytes, "checking the source")
+        path = self._store.partial / f"{self._key()}.journal"
         journal = read_journal(path, self._store)
         self._store.require_free(self._wanted_bytes(journal))
         with path.open("ab", buffering=0) as log:
             refs = {part: self._finish(part, journal, log) for part in self._parts()}
         manifest = self._manifest(refs)
+        parse_manifest(manifest.to_json())  # what could not be opened must not be installed
         self._store.save(manifest)
         path.unlink()
-        self._progress(self._file.bytes, self._file.bytes, "done")
+        self._progress(self._checkpoint.bytes, self._checkpoint.bytes, "done")
         return manifest
+
+    def _key(self) -> str:
+        """Of everything that the blobs depend on."""
+        parts = (FORMAT, self._checkpoint.fingerprint(), self._bits, self._trunk_bits)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _parts(self) -> Iterator[str]:
         yield "head"
-        if not self._tied:
+        if not self._blueprint.tied:
             yield "embedding"
         for index in range(self._shape.layers):
             yield f"layer {index}"
 
     def _finish(self, part: str, journal: dict[str, list[BlobRef]], log: FileIO) -> list[BlobRef]:
         """The blobs of a part, made now unless the journal has them."""
-        self._progress(self._done_bytes, self._file.bytes, part)
-        layer = self._layer(part)
+        self._advance(part)
         refs = journal.get(part)
         if refs is None:
-            refs = [self._put(*blob) for blob in self._build(part, layer)]
+            refs = [self._put(blob) for blob in self._build(part)]
             with disk_errors(self._store.partial):
                 line = json.dumps({"part": part, "refs": [asdict(ref) for ref in refs]}) + "\n"
                 log.write(line.encode())
-        self._done_bytes += self._source_bytes(part)
-        self._progress(self._done_bytes, self._file.bytes, part)
+        elif part.startswith("layer ") and self._calibration is not None:
+            for _ in self._weights(part):  # for the hidden states that the next layer needs
+                pass
+        else:
+            self._advance(part, *self._sources(part))
         return refs
 
-    def _put(self, data: bytes, tensors: dict[str, Any]) -> BlobRef:
-        return BlobRef(self._store.put(data), len(data), tensors)
+    def _advance(self, part: str, *finished: Source) -> None:
+        self._done += sum(map(_count, finished))
+        total = self._checkpoint.bytes
+        self._progress(total * self._done // self._total, total, part)
 
-    def _layer(self, part: str) -> llama.Layer | None:
-        """The smoothed layer if the part is one; read even when it is finished, for the next."""
-        if not part.startswith("layer "):
-            return None
-        index = int(part.removeprefix("layer "))
-        return self._calibration.smooth(llama.read_layer(self._file, self._shape, index))
+    def _put(self, blob: Blob) -> BlobRef:
+        size = sum(map(len, blob.pieces))
+        return BlobRef(self._store.put(*blob.pieces), size, blob.tensors)
 
-    def _build(
-        self, part: str, layer: llama.Layer | None
-    ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        shape = self._shape
+    def _build(self, part: str) -> Iterator[Blob]:
+        plan = self._blueprint
         if part == "head":
-            name = llama.EMBEDDING if self._tied else llama.HEAD
-            weights = self._vocabulary_matrix(name, "head") | {"norm": self._file.rows(llama.NORM)}
-            yield onnx_blobs.head_blob(weights, shape)
+            weights = self._vocabulary_matrix(plan.head, "head", part)
+            weights["norm"] = plan.norm.read(self._checkpoint)
+            self._advance(part, plan.norm)
+            yield onnx_blobs.linear_blob("head", weights, self._head_form())
         elif part == "embedding":
-            weights = self._vocabulary_matrix(llama.EMBEDDING, "embedding")
-            yield onnx_blobs.embedding_blob(weights, shape)
-        elif layer is not None:
-            yield onnx_blobs.attention_blob(attention_weights(layer, shape), shape)
-            for expert in range(shape.experts):
-                yield onnx_blobs.expert_blob(expert_weights(layer, shape, expert), shape)
+            weights = self._vocabulary_matrix(plan.embedding, "embedding", part)
+            yield onnx_blobs.linear_blob("embedding", weights, self._head_form())
+        else:
+            yield from self._build_layer(part)
 
-    def _vocabulary_matrix(self, tensor: str, name: str) -> Weights:
+    def _build_layer(self, part: str) -> Iterator[Blob]:
+        shape, block = self._shape, self._blueprint.block
+        several = self._weights(part)
+        form = Form(self._trunk_bits, block)
+        yield onnx_blobs.linear_blob("trunk", trunk_weights(next(several), shape, form), form)
+        slices = shape.experts if shape.routing is None else 1
+        widths = iter(self._bits[_layer(part)])
+        for expert in several:
+            for own in range(slices):
+                weights = expert_weights(neurons(expert, own, slices), Form(next(widths), block))
+                yield onnx_blobs.expert_blob(weights, shape)
+
+    def _weights(self, part: str) -> Iterator[dict[str, Floats]]:
+        """A layer's trunk, then its experts (or dense block), smoothed, as float32."""
+        plan, calibration, layer = self._blueprint, self._calibration, _layer(part)
+        trunk = plan.trunk(layer)
+        yield trunk if calibration is None else calibration.trunk(trunk)
+        del trunk
+        self._advance(part, *(s for several in plan.layers[layer].trunk.values() for s in several))
+        for index, sources in enumerate(plan.layers[layer].experts):
+            expert = plan.expert(layer, index)
+            yield expert if calibration is None else calibration.expert(index, expert)
+            self._advance(part, *sources.values())
+
+    def _head_form(self) -> Form:
+        return Form(FLOAT_BITS if self._trunk_bits == FLOAT_BITS else 8, HEAD_BLOCK)
+
+    def _vocabulary_matrix(self, source: Source, name: str, part: str) -> Weights:
         """Some rows at a time: as float32 it would be the largest thing in memory."""
-        shape = self._shape
-        blocks = shape.hidden // HEAD_BLOCK
-        w = np.empty((shape.vocab, blocks, HEAD_BLOCK), np.uint8)
-        s = np.empty((shape.vocab, blocks), np.float32)
-        for start in range(0, shape.vocab, ROWS):
-            rows = slice(start, start + ROWS)
-            w[rows], s[rows] = quantize(self._file.rows(tensor, start, start + ROWS), HEAD_BLOCK)
+        vocab, hidden = source.shape
+        if self._head_form().bits == FLOAT_BITS:
+            return {f"{name}.w": source.read(self._checkpoint)}
+        w = np.empty((vocab, hidden // HEAD_BLOCK, HEAD_BLOCK), np.uint8)
+        s = np.empty((vocab, hidden // HEAD_BLOCK), np.float32)
+        for start in range(0, vocab, ROWS):
+            stop = min(start + ROWS, vocab)
+            rows = self._checkpoint.read(source.name, start, stop)
+            found, s[start:stop] = quantize(rows, 8, HEAD_BLOCK)
+            w[start:stop] = found.reshape(stop - start, -1, HEAD_BLOCK)
+            self._advance(part, Source(source.name, rows.shape))
         return {f"{name}.w": w, f"{name}.s": s}
 
-    def _source_bytes(self, part: str) -> int:
-        """Bytes of the file that a part is made of, for the progress bar."""
+    def _sources(self, part: str) -> Iterator[Source]:
+        """What a part is made of, for the progress bar."""
+        plan = self._blueprint
         if part == "head":
-            prefixes = ("output", "token_embd") if self._tied else ("output",)
+            yield from (plan.head, plan.norm)
+        elif part == "embedding":
+            yield plan.embedding
         else:
-            own = "token_embd" if part == "embedding" else part.replace("layer ", "blk.") + "."
-            prefixes = (own,)
-        return sum(t.bytes for name, t in self._file.tensors.items() if name.startswith(prefixes))
+            layer = plan.layers[_layer(part)]
+            for sources in layer.trunk.values():
+                yield from sources
+            for expert in layer.experts:
+                yield from expert.values()
 
     def _wanted_bytes(self, journal: dict[str, list[BlobRef]]) -> int:
         """Bytes still to be written, at most."""
-        shape = self._shape
-        weights = sum(
-            rows * columns[0] * (1 + 4 / HEAD_BLOCK) if columns else rows * 4
-            for rows, *columns in llama.tensor_shapes(shape).values()
-        )
-        if not self._tied:
-            weights += shape.vocab * shape.hidden * (1 + 4 / HEAD_BLOCK)
-        blobs = 4 + shape.layers * (1 + shape.experts)
-        finished = sum(ref.bytes for refs in journal.values() for ref in refs)
-        total = int(weights) + blobs * FRAMING_BYTES + len(self._vocabulary.json)
-        return max(0, total - finished)
+        shape, block = self._shape, self._blueprint.block
+        head = _stored_bytes(shape.vocab, shape.hidden, self._head_form())
+        total = head if self._blueprint.tied else 2 * head
+        trunk = Form(self._trunk_bits, block)
+        # Norms, biases and routers are float32: more than there are.
+        rest = 4 * shape.hidden * (8 + shape.experts)
+        for row in self._bits:
+            total += rest
+            for _, n, k in trunk_matrices(shape):
+                total += _stored_bytes(n, k, trunk) + 4 * n
+            for bits in row:
+                for _, n, k in expert_matrices(shape):
+                    total += _stored_bytes(n, k, Form(bits, block)) + 4 * n
+        total += (4 + shape.layers * (1 + shape.experts)) * FRAMING_BYTES
+        if self._vocabulary is not None:
+            total += len(self._vocabulary.json)
+        return max(0, total - sum(ref.bytes for refs in journal.values() for ref in refs))
 
     def _manifest(self, refs: dict[str, list[BlobRef]]) -> Manifest:
-        vocabulary: Vocabulary = self._vocabulary
+        vocabulary = self._vocabulary
         layers = [refs[f"layer {index}"] for index in range(self._shape.layers)]
         (head,) = refs["head"]
         (embedding,) = refs.get("embedding", [head])
-        template = vocabulary.chat_template
+        template = vocabulary.chat_template if vocabulary else None
         return Manifest(
             name=self._name,
             source=self._origin.source,
             licence=self._origin.licence,
             shape=self._shape,
-            tied=self._tied,
+            tied=self._blueprint.tied,
             embedding=embedding,
             head=head,
-            attention=tuple(layer[0] for layer in layers),
+            trunk=tuple(layer[0] for layer in layers),
             experts=tuple(tuple(layer[1:]) for layer in layers),
-            tokenizer=self._put(vocabulary.json, {}),
-            chat_template=self._put(template.encode(), {}) if template else None,
-            bos_token=vocabulary.bos_token,
-            eos_tokens=vocabulary.eos_tokens,
-            add_bos=vocabulary.add_bos,
+            tokenizer=self._put(Blob([vocabulary.json], {})) if vocabulary else None,
+            chat_template=self._put(Blob([template.encode()], {})) if template else None,
+            bos_token=vocabulary.bos_token if vocabulary else None,
+            eos_tokens=vocabulary.eos_tokens if vocabulary else (),
+            add_bos=vocabulary.add_bos if vocabulary else False,
         )
 
 
-def _origin(file: GgufFile) -> Origin:
-    licence = expect(file, "general.license", str, lambda _: True, "unknown")
-    return Origin(source=file.path.name, licence=licence)
+def _layer(part: str) -> int:
+    return int(part.removeprefix("layer "))
 
 
-def attention_weights(layer: llama.Layer, shape: Shape) -> Weights:
-    """The attention part of a layer, quantised, under the names of the manifest."""
-    norms = {"attention_norm": layer.attention_norm, "ffn_norm": layer.ffn_norm}
-    return norms | _matrix("qkv", layer.qkv, shape) | _matrix("o", layer.o, shape)
+def trunk_weights(layer: dict[str, Floats], shape: Shape, form: Form) -> Weights:
+    """A layer without its routed experts, quantised, under the names of the manifest."""
+    matrices = {name for name, _, _ in trunk_matrices(shape)}
+    weights: Weights = {}
+    for name, value in layer.items():
+        if name in matrices:
+            weights |= onnx_blobs.matrix(value, name, form.bits, form.block)
+        else:
+            weights[name] = value
+    return weights
 
 
-def expert_weights(layer: llama.Layer, shape: Shape, expert: int) -> Weights:
-    """One slice of the feed-forward block: its neurons' rows of gate and up, columns of down."""
-    neurons = slice(expert * shape.expert_width, (expert + 1) * shape.expert_width)
-    return (
-        _matrix("gate", layer.gate[neurons], shape)
-        | _matrix("up", layer.up[neurons], shape)
-        | _matrix("down", layer.down[:, neurons], shape)
-    )
+def neurons(expert: dict[str, Floats], index: int, count: int) -> dict[str, Floats]:
+    """Slice `index` of `count`: its neurons' rows of gate and up, columns of down.
+
+    down's bias, which is no neuron's, goes with the first slice.
+    """
+    width = expert["gate"].shape[0] // count
+    own = slice(index * width, (index + 1) * width)
+    found = {name: value[own] for name, value in expert.items() if not name.startswith("down")}
+    found["down"] = expert["down"][:, own]
+    if "down.b" in expert and index == 0:
+        found["down.b"] = expert["down.b"]
+    return found
 
 
-def _matrix(name: str, weight: NDArray[np.float32], shape: Shape) -> Weights:
-    w, s = quantize(np.ascontiguousarray(weight), shape.block)
-    return {f"{name}.w": w, f"{name}.s": s}
+def expert_weights(expert: dict[str, Floats], form: Form) -> Weights:
+    """An expert, quantised, under the names of the manifest: rows of gate and up alternate."""
+
+    def woven(gate: Floats, up: Floats) -> Floats:
+        return np.stack([gate, up], 1).reshape(2 * len(gate), *gate.shape[1:])
+
+    fc1 = woven(expert["gate"], expert["up"])
+    weights: Weights = dict(onnx_blobs.expert_matrix(fc1, "fc1", form.bits, form.block))
+    if "gate.b" in expert:
+        weights["fc1.b"] = woven(expert["gate.b"], expert["up.b"])[None]
+    down = np.ascontiguousarray(expert["down"])
+    weights |= onnx_blobs.expert_matrix(down, "fc2", form.bits, form.block)
+    if "down.b" in expert:
+        weights["fc2.b"] = expert["down.b"][None]
+    return weights
+
+
+def _count(source: Source) -> int:
+    """Numbers that are read for it."""
+    return prod(source.shape if source.index is None else source.shape[1:])
+
+
+def _stored_bytes(n: int, k: int, form: Form) -> int:
+    """Of a matrix (n, k), with the padding to pages."""
+    exact = form.bits == FLOAT_BITS
+    parts = (4 * n * k,) if exact else (n * k * form.bits // 8, 4 * n * k // form.block)
+    return sum(part + PAGE if part >= PAGE else part for part in parts)
 
 
 def read_journal(path: Path, store: Store) -> dict[str, list[BlobRef]]:

@@ -139,7 +139,8 @@ class Shape:
     qk_norm: Literal["none", "head", "all"] = "none"
     """RMSNorm of q and k before the rotation: per head, or over all heads together."""
     windows: tuple[int, ...] = ()
-    """Per layer, how many tokens attention looks back, 0: all. Empty: all, in every layer."""
+    """Per layer, how many tokens attention sees, the token's own included (as transformers and
+    com.microsoft::GroupQueryAttention count); 0: all. Empty: all, in every layer."""
     shared_width: int = 0
     """Neurons of the shared expert beside the routed ones; 0: there is none."""
     embedding_scale: float = 1.0

@@ -1,30 +1,34 @@
 """Blobs: each part of a model as a valid ONNX model of its own, its weights aligned in the file.
 
-Anyone can open a blob with onnxruntime and run it alone. The engine does not: it maps the file and
-reads the weights in place, which needs each weight at a multiple of 64 bytes. Protobuf offers no
-alignment, but two of its rules give it: a message may be written in pieces, to be merged by the
-reader, and of a repeated single field the last one counts. So a blob is the serialised graph, then
-for each weight one more piece of the model: a `doc_string` of as many spaces as the alignment
-takes, and a `graph` with that one initializer.
+Anyone can open a blob with onnxruntime and run it alone: an expert's computes that expert, all
+others apply their matrices, one input and output each. The engine does not run them: it maps the
+file and reads the weights in place, into graphs that span layers. That needs each weight at a
+multiple of 64 bytes, and large ones at the beginning of a page. Protobuf offers no alignment, but
+two of its rules give it: a message may be written in pieces, to be merged by the reader, and of a
+repeated single field the last one counts. So a blob is the serialised graph, then for each weight
+one more piece of the model: a `doc_string` of as many spaces as the alignment takes, and a `graph`
+with that one initializer.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from coeld.model.manifest import ALIGN, HEAD_BLOCK, Shape, TensorRef
+from coeld.compression.quantize import quantize
+from coeld.model.manifest import ALIGN, PAGE, Activation, Form, Shape, TensorRef
 
 Weights = Mapping[str, NDArray[Any]]
-"""Arrays by their name in the blob, uint8 or float32; a matrix `x` is `x.w` and `x.s`."""
+"""Arrays by their name in the blob, uint8 or float32; a matrix `x` is `x.w` and perhaps `x.s`."""
 
 OPSET: Final = 21
 IR_VERSION: Final = 10
-BITS: Final = 8
 ACCURACY: Final = 4
 """Activations are quantised to int8 per block: several times faster than float32."""
+FLOAT_BITS: Final = 32
 
 MICROSOFT: Final = "com.microsoft"
 
@@ -35,124 +39,118 @@ GRAPH_INITIALIZER: Final = b"\x2a"
 TENSOR_RAW_DATA: Final = b"\x4a"
 
 
-def expert_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
-    """x (n, H) to y (n, H) = down(silu(gate(x)) * up(x))."""
-    h, i = shape.hidden, shape.expert_width
-    nodes = [
-        _matmul("x", "gate", "g", i, h, shape.block),
-        _matmul("x", "up", "u", i, h, shape.block),
-        helper.make_node("QuickGelu", ["g"], ["silu"], domain=MICROSOFT, alpha=1.0),
-        helper.make_node("Mul", ["silu", "u"], ["hidden"]),
-        _matmul("hidden", "down", "y", h, i, shape.block),
-    ]
-    return _blob("expert", nodes, [_floats("x", "n", h)], [_floats("y", "n", h)], weights)
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file to be: its bytes in pieces, and where the weights are."""
+
+    pieces: Sequence[bytes | memoryview]
+    tensors: dict[str, TensorRef]
 
 
-def attention_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
-    """Adds the previous block's output to the residual, then attention, then the next norm.
+def expert_matrix(weight: NDArray[np.float32], name: str, bits: int, block: int) -> Weights:
+    """(N, K) as QMoE and MoE read it, for one expert."""
+    if bits == FLOAT_BITS:
+        return {f"{name}.w": weight[None]}
+    w, s = quantize(weight, bits, block)
+    return {f"{name}.w": w[None], f"{name}.s": s[None]}
 
-    residual, x (1, n, H), past key and value (1, kv_heads, max, head_dim), seqlens_k and
-    total_sequence_length int32, cos and sin (max, head_dim/2) of the rotary embedding, to
-    normed, residual_out (1, n, H) and the present key and value.
+
+def matrix(weight: NDArray[np.float32], name: str, bits: int, block: int) -> Weights:
+    """(N, K) as MatMulNBits reads it."""
+    if bits == FLOAT_BITS:
+        return {f"{name}.w": weight}
+    w, s = quantize(weight, bits, block)
+    return {f"{name}.w": w.reshape(*s.shape, -1), f"{name}.s": s}
+
+
+def expert_blob(weights: Weights, shape: Shape) -> Blob:
+    """x (n, H) and gate (n, 1) to y (n, H), the expert's output times the gate.
+
+    One QMoE node of one expert; in float32, MoE, which knows no gate, and a multiplication.
     """
-    h, heads, kv_heads, dim = shape.hidden, shape.heads, shape.kv_heads, shape.head_dim
-    nodes = [
-        _skip_norm("residual", "x", "attention_norm", "n1", "r1", shape),
-        _matmul("n1", "qkv", "qkv", (heads + 2 * kv_heads) * dim, h, shape.block),
-        helper.make_node(
-            "GroupQueryAttention",
-            [
-                *("qkv", "", "", "past_key", "past_value"),
-                *("seqlens_k", "total_sequence_length", "cos", "sin"),
-            ],
-            ["attended", "present_key", "present_value"],
+    h = shape.hidden
+    options = {
+        "k": 1,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "normalize_routing_weights": 0,
+        **activation_attributes(shape.activation),
+    }
+
+    def have(name: str) -> str:
+        return name if name in weights else ""
+
+    if "fc1.s" in weights:
+        block = h // weights["fc1.s"].shape[-1]
+        options |= {
+            "expert_weight_bits": 8 * weights["fc1.w"].shape[-1] // h,
+            "block_size": block,
+            "accuracy_level": ACCURACY,
+        }
+        inputs = ["x", "gate", "fc1.w", "fc1.s", have("fc1.b"), "fc2.w", "fc2.s", have("fc2.b")]
+        inputs += [""] * 6 + ["gate"]
+        nodes = [helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **options)]
+    else:
+        inputs = ["x", "gate", "fc1.w", have("fc1.b"), "fc2.w", have("fc2.b")]
+        nodes = [
+            helper.make_node("MoE", inputs, ["plain"], domain=MICROSOFT, **options),
+            helper.make_node("Mul", ["plain", "gate"], ["y"]),
+        ]
+    return _blob(
+        "expert",
+        nodes,
+        [_floats("x", "n", h), _floats("gate", "n", 1)],
+        [_floats("y", "n", h)],
+        weights,
+    )
+
+
+def activation_attributes(activation: Activation) -> dict[str, float]:
+    """Always explicit; without a limit there is none, as the operators define it."""
+    found = {"activation_alpha": activation.alpha, "activation_beta": activation.beta}
+    return found | ({"swiglu_limit": activation.limit} if activation.limit else {})
+
+
+def linear_blob(name: str, weights: Weights, form: Form) -> Blob:
+    """For every matrix `m`: m.in (n, K) to m.out (n, N), with its bias; other weights as they are.
+
+    `form`: of those that are quantised.
+    """
+    nodes, inputs, outputs = [], [], []
+    for key, value in weights.items():
+        matrix, _, end = key.rpartition(".")
+        if end == "w":
+            scale = weights.get(f"{matrix}.s")
+            n = value.shape[0]
+            k = value.shape[1] if scale is None else scale.shape[1] * form.block
+            inputs.append(_floats(f"{matrix}.in", "n", k))
+            outputs.append(_floats(f"{matrix}.out", "n", n))
+            nodes += _linear(matrix, n, k, form if scale is not None else None, weights)
+        elif end not in ("s", "b"):
+            outputs.append(_floats(f"{key}.out", *value.shape))
+            nodes.append(helper.make_node("Identity", [key], [f"{key}.out"]))
+    return _blob(name, nodes, inputs, outputs, weights)
+
+
+def _linear(name: str, n: int, k: int, form: Form | None, weights: Weights) -> list[Any]:
+    x, product, out = f"{name}.in", f"{name}.product", f"{name}.out"
+    biased = f"{name}.b" in weights
+    y = product if biased else out
+    if form is None:
+        node = helper.make_node("Gemm", [x, f"{name}.w"], [y], transB=1)
+    else:
+        node = helper.make_node(
+            "MatMulNBits",
+            [x, f"{name}.w", f"{name}.s"],
+            [y],
             domain=MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            do_rotary=1,
-            rotary_interleaved=0,
-            scale=dim**-0.5,
-        ),
-        _matmul("attended", "o", "out", h, heads * dim, shape.block),
-        _skip_norm("r1", "out", "ffn_norm", "normed", "residual_out", shape),
-    ]
-    inputs = [_floats(name, 1, "n", h) for name in ("residual", "x")]
-    inputs += [_floats(name, 1, kv_heads, "past", dim) for name in ("past_key", "past_value")]
-    inputs += [
-        helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, [1]),
-        helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, [1]),
-        *(_floats(name, "max", dim // 2) for name in ("cos", "sin")),
-    ]
-    outputs = [_floats(name, 1, "n", h) for name in ("normed", "residual_out")]
-    outputs += [
-        _floats(name, 1, kv_heads, "total", dim) for name in ("present_key", "present_value")
-    ]
-    return _blob("attention", nodes, inputs, outputs, weights)
-
-
-def head_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
-    """hidden (m, H) to logits (m, V): the last norm and the vocabulary matrix."""
-    h, v = shape.hidden, shape.vocab
-    constants: Weights = {
-        "epsilon": np.array(shape.norm_epsilon, np.float32),
-        "last_axis": np.array([-1], np.int64),
-    }
-    nodes = [
-        helper.make_node("Mul", ["hidden", "hidden"], ["squares"]),
-        helper.make_node("ReduceMean", ["squares", "last_axis"], ["mean_square"], keepdims=1),
-        helper.make_node("Add", ["mean_square", "epsilon"], ["above_zero"]),
-        helper.make_node("Sqrt", ["above_zero"], ["root"]),
-        helper.make_node("Div", ["hidden", "root"], ["scaled"]),
-        helper.make_node("Mul", ["scaled", "norm"], ["normed"]),
-        _matmul("normed", "head", "logits", v, h, HEAD_BLOCK),
-    ]
-    hidden, logits = _floats("hidden", "m", h), _floats("logits", "m", v)
-    return _blob("head", nodes, [hidden], [logits], weights, constants)
-
-
-def embedding_blob(weights: Weights, shape: Shape) -> tuple[bytes, dict[str, TensorRef]]:
-    """ids (m,) int64 to rows (m, H) float32. Untied models only; tied ones use the head's."""
-    constants: Weights = {
-        "zero_point": np.array(128, np.float32),
-        "scale_axis": np.array([2], np.int64),
-        "row_shape": np.array([-1, shape.hidden], np.int64),
-    }
-    nodes = [
-        helper.make_node("Gather", ["embedding.w", "ids"], ["w"]),
-        helper.make_node("Gather", ["embedding.s", "ids"], ["s"]),
-        helper.make_node("Cast", ["w"], ["steps"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["steps", "zero_point"], ["signed"]),
-        helper.make_node("Unsqueeze", ["s", "scale_axis"], ["scale"]),
-        helper.make_node("Mul", ["signed", "scale"], ["blocks"]),
-        helper.make_node("Reshape", ["blocks", "row_shape"], ["rows"]),
-    ]
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["m"])
-    rows = _floats("rows", "m", shape.hidden)
-    return _blob("embedding", nodes, [ids], [rows], weights, constants)
-
-
-def _matmul(x: str, name: str, y: str, n: int, k: int, block: int) -> Any:
-    return helper.make_node(
-        "MatMulNBits",
-        [x, f"{name}.w", f"{name}.s"],
-        [y],
-        domain=MICROSOFT,
-        K=k,
-        N=n,
-        bits=BITS,
-        block_size=block,
-        accuracy_level=ACCURACY,
-    )
-
-
-def _skip_norm(a: str, b: str, norm: str, out: str, total: str, shape: Shape) -> Any:
-    return helper.make_node(
-        "SkipSimplifiedLayerNormalization",
-        [a, b, norm],
-        [out, "", "", total],
-        domain=MICROSOFT,
-        epsilon=shape.norm_epsilon,
-    )
+            K=k,
+            N=n,
+            bits=form.bits,
+            block_size=form.block,
+            accuracy_level=ACCURACY,
+        )
+    return [node, helper.make_node("Add", [y, f"{name}.b"], [out])] if biased else [node]
 
 
 def _floats(name: str, *dims: int | str) -> Any:
@@ -160,18 +158,10 @@ def _floats(name: str, *dims: int | str) -> Any:
 
 
 def _blob(
-    name: str,
-    nodes: Sequence[Any],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    weights: Weights,
-    constants: Weights | None = None,
-) -> tuple[bytes, dict[str, TensorRef]]:
-    small = [_tensor(key, value) for key, value in (constants or {}).items()]
-    for tensor, value in zip(small, (constants or {}).values(), strict=True):
-        tensor.raw_data = value.tobytes()
+    name: str, nodes: Sequence[Any], inputs: Sequence[Any], outputs: Sequence[Any], weights: Weights
+) -> Blob:
     model = helper.make_model(
-        helper.make_graph(nodes, name, inputs, outputs, small),
+        helper.make_graph(nodes, name, inputs, outputs),
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)],
         ir_version=IR_VERSION,
         producer_name="coeld",
@@ -179,8 +169,8 @@ def _blob(
     return append_weights(model.SerializeToString(deterministic=True), weights)
 
 
-def append_weights(model: bytes, weights: Weights) -> tuple[bytes, dict[str, TensorRef]]:
-    """The serialised model with the weights as initializers, and where each of them lies."""
+def append_weights(model: bytes, weights: Weights) -> Blob:
+    """The serialised model with the weights as initializers."""
     pieces: list[bytes | memoryview] = [model]
     at = len(model)
     refs = {}
@@ -190,13 +180,24 @@ def append_weights(model: bytes, weights: Weights) -> tuple[bytes, dict[str, Ten
         tensor += TENSOR_RAW_DATA + _varint(raw.nbytes)
         initializer = GRAPH_INITIALIZER + _varint(len(tensor) + raw.nbytes) + tensor
         head = MODEL_GRAPH + _varint(len(initializer) + raw.nbytes) + initializer
-        spaces = -(at + len(MODEL_DOC_STRING) + 1 + len(head)) % ALIGN  # its length takes 1 byte
-        pad = MODEL_DOC_STRING + _varint(spaces) + b" " * spaces
+        paged = raw.nbytes >= PAGE and raw.nbytes % PAGE == 0
+        pad = _padding(at + len(head), PAGE if paged else ALIGN)
         at += len(pad) + len(head)
         refs[name] = TensorRef("uint8" if raw.dtype == np.uint8 else "float32", raw.shape, at)
         pieces += [pad, head, raw.reshape(-1).view(np.uint8).data]
         at += raw.nbytes
-    return b"".join(pieces), refs
+    return Blob(pieces, refs)
+
+
+def _padding(at: int, align: int) -> bytes:
+    """A doc_string as long as takes `at` to a multiple of `align`."""
+    for width in (1, 2, 3):  # of the varint that says how many spaces follow
+        spaces = -(at + len(MODEL_DOC_STRING) + width) % align
+        for count in (spaces, spaces + align):
+            length = _varint(count)
+            if len(length) == width:
+                return MODEL_DOC_STRING + length + b" " * count
+    raise AssertionError(f"no padding for {at} to {align}")
 
 
 def _tensor(name: str, value: NDArray[Any]) -> TensorProto:

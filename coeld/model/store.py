@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -215,20 +215,22 @@ class Store:
                 f"free. Free {wanted_bytes - free} bytes, or choose another place with --store."
             )
 
-    def put(self, data: bytes) -> str:
-        """Store a blob; returns its sha256. Raises DiskFull."""
-        sha256 = hashlib.sha256(data).hexdigest()
-        path = self._blobs / sha256
-        if not path.exists() or path.stat().st_size != len(data):
-            self._write(path, data, 0o444)
-        return sha256
+    def put(self, *pieces: bytes | memoryview) -> str:
+        """Store a blob, given in pieces; returns its sha256. Raises DiskFull."""
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        path = self._blobs / digest.hexdigest()
+        if not path.exists() or path.stat().st_size != sum(map(len, pieces)):
+            self._write(path, pieces, 0o444)
+        return path.name
 
     def save(self, manifest: Manifest) -> None:
         """Make the model exist. All of its blobs must be here. Raises DiskFull."""
         missing = [ref.sha256 for ref in manifest.blobs() if not self.has(ref)]
         assert not missing, f"blobs {missing} were not stored"
         path = self._models / f"{check_name(manifest.name)}.json"
-        self._write(path, manifest.to_json().encode(), 0o644)
+        self._write(path, [manifest.to_json().encode()], 0o644)
 
     def remove(self, name: str) -> None:
         """Remove a model, and the blobs that no other model uses. Raises UnknownModel.
@@ -257,12 +259,13 @@ class Store:
             if path.name not in used:
                 path.unlink()
 
-    def _write(self, path: Path, data: bytes, mode: int) -> None:
+    def _write(self, path: Path, pieces: Iterable[bytes | memoryview], mode: int) -> None:
         with disk_errors(self.partial):
             handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=self.partial)
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(data)
+                    for piece in pieces:
+                        file.write(piece)
                     file.flush()
                     os.fchmod(file.fileno(), mode)
                     os.fsync(file.fileno())

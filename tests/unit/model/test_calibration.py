@@ -20,7 +20,7 @@ def opened(tiny_gguf: Path):
 
 
 def calibration(file, shape, tokens) -> Calibration:
-    rows = [file.rows(llama.EMBEDDING, token, token + 1) for token in tokens]
+    rows = [file.read(llama.EMBEDDING, token, token + 1) for token in tokens]
     return Calibration(shape, np.concatenate(rows))
 
 

@@ -25,7 +25,7 @@ def read_all(path: Path) -> None:
         for layer in range(shape.layers):
             llama.read_layer(file, shape, layer)
         for name in (llama.EMBEDDING, llama.NORM):
-            file.rows(name)
+            file.read(name)
 
 
 def header_bytes(path: Path) -> int:
@@ -40,8 +40,8 @@ def test_every_supported_type_is_read_as_the_reference_reads_it(tmp_path: Path, 
     with GgufFile(path) as file:
         assert file.tensors.keys() == reference.tensors.keys()
         for name, wanted in reference.tensors.items():
-            np.testing.assert_array_equal(file.rows(name), wanted)
-        part = file.rows(llama.EMBEDDING, 5, 9)
+            np.testing.assert_array_equal(file.read(name), wanted)
+        part = file.read(llama.EMBEDDING, 5, 9)
         np.testing.assert_array_equal(part, reference.tensors[llama.EMBEDDING][5:9])
 
 
@@ -49,7 +49,7 @@ def test_metadata_and_places_are_those_the_gguf_package_finds(tiny_gguf: Path) -
     reader = gguf.GGUFReader(tiny_gguf)
     with GgufFile(tiny_gguf) as file:
         fields = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
-        assert file.metadata == fields
+        assert file.config == fields
         assert {name: tensor.offset for name, tensor in file.tensors.items()} == {
             tensor.name: tensor.data_offset for tensor in reader.tensors
         }
@@ -199,7 +199,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> No
     data[place : place + 4] = struct.pack("<f", value)
     path.write_bytes(data)
     with GgufFile(path) as file, pytest.raises(BadModelFile, match=norm):
-        file.rows(norm)
+        file.read(norm)
 
 
 def test_an_infinite_scale_of_a_block_is_named(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_an_infinite_scale_of_a_block_is_named(tmp_path: Path) -> None:
     data[place : place + 2] = struct.pack("<H", 0x7C00)
     path.write_bytes(data)
     with GgufFile(path) as file, pytest.raises(BadModelFile, match=llama.EMBEDDING):
-        file.rows(llama.EMBEDDING)
+        file.read(llama.EMBEDDING)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
@@ -218,9 +218,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
     with GgufFile(path) as file:
         os.truncate(path, path.stat().st_size // 2)
         with pytest.raises(BadModelFile, match="became shorter"):
-            file.rows(max(file.tensors.values(), key=lambda tensor: tensor.offset).name)
+            file.read(max(file.tensors.values(), key=lambda tensor: tensor.offset).name)
 
 
 def test_a_missing_tensor_is_named(tiny_gguf: Path) -> None:
     with GgufFile(tiny_gguf) as file, pytest.raises(BadModelFile, match="no tensor lost"):
-        file.rows("lost")
+        file.read("lost")

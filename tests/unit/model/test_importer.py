@@ -10,28 +10,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from coeld.compression.quantize import dequantize
 from coeld.errors import BadModelFile, DiskFull, ModelError, UnsupportedModel
 from coeld.model import onnx_blobs
-from coeld.model.importer import Origin, import_gguf
+from coeld.model.importer import Origin
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
+from tests.harness.importing import import_file
 from tests.reference import gguf_numpy
 from tests.reference.tiny_gguf import write_tiny_llama
 
 Imported = tuple[Store, Manifest]
+FC = ("fc1", "fc2")
+ROOT = Path(__file__).parents[3]
 
 
-def quiet(done: int, total: int, what: str) -> None:
-    """Progress that nobody watches."""
-
-
-def weight(store: Store, manifest: Manifest, layer: int, expert: int, name: str) -> np.ndarray:
+def weights(store: Store, manifest: Manifest, layer: int, expert: int) -> list[np.ndarray]:
+    """gate, up, down."""
     views = store.tensors(manifest.experts[layer][expert])
-    return dequantize(views[f"{name}.w"], views[f"{name}.s"])
+    fc1, fc2 = (dequantize(views[f"{name}.w"][0], views[f"{name}.s"][0], 8) for name in FC)
+    return [fc1[0::2], fc1[1::2], fc2]
+
+
+def vocabulary(views: dict[str, np.ndarray], name: str) -> np.ndarray:
+    w = views[f"{name}.w"]
+    return dequantize(w.reshape(len(w), -1), views[f"{name}.s"], 8)
 
 
 def files_in(store: Store) -> set[str]:
@@ -46,12 +51,11 @@ def test_each_expert_holds_its_neurons_of_the_feed_forward_block(
     tensors = gguf_numpy.load(tiny_gguf).tensors
     width = manifest.shape.expert_width
     for layer in range(3):
-        norm = store.tensors(manifest.attention[layer])["ffn_norm"]
+        norm = store.tensors(manifest.trunk[layer])["ffn_norm"]
         a = tensors[f"blk.{layer}.ffn_norm.weight"] / norm
         for expert in range(8):
             own = slice(expert * width, (expert + 1) * width)
-            up = weight(store, manifest, layer, expert, "up")
-            down = weight(store, manifest, layer, expert, "down")
+            gate, up, down = weights(store, manifest, layer, expert)
             wanted = tensors[f"blk.{layer}.ffn_down.weight"][:, own]
             b = np.exp2(
                 np.round(
@@ -61,10 +65,7 @@ def test_each_expert_holds_its_neurons_of_the_feed_forward_block(
                 / 4
             )
             for found, scaled in {
-                "gate": (
-                    weight(store, manifest, layer, expert, "gate"),
-                    tensors[f"blk.{layer}.ffn_gate.weight"][own] * a,
-                ),
+                "gate": (gate, tensors[f"blk.{layer}.ffn_gate.weight"][own] * a),
                 "up": (up, tensors[f"blk.{layer}.ffn_up.weight"][own] * a / b[:, None]),
                 "down": (down, wanted * b),
             }.values():
@@ -79,7 +80,7 @@ def test_the_same_file_gives_the_same_hash(
     imported: Imported, tiny_gguf: Path, tmp_path: Path
 ) -> None:
     origin = Origin("somewhere else", "another spelling")
-    again = import_gguf(Store(tmp_path / "s"), tiny_gguf, "twin", origin, quiet)
+    again = import_file(Store(tmp_path / "s"), tiny_gguf, "twin", origin=origin)
     assert again.hash == imported[1].hash
     assert (again.source, again.licence) == ("somewhere else", "another spelling")
 
@@ -87,35 +88,20 @@ def test_the_same_file_gives_the_same_hash(
 def test_an_untied_model_gets_an_embedding_of_its_own(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", layers=1, tied=False)
     store = Store(tmp_path / "s")
-    manifest = import_gguf(store, path, "untied", None, quiet)
+    manifest = import_file(store, path, "untied")
     tensors = gguf_numpy.load(path).tensors
     views = store.tensors(manifest.embedding)
-    rows = dequantize(views["embedding.w"], views["embedding.s"])
+    rows = vocabulary(views, "embedding")
     assert not manifest.tied
     assert np.abs(rows - tensors["token_embd.weight"]).max() < 0.01
     head = store.tensors(manifest.head)
-    found = dequantize(head["head.w"], head["head.s"])
+    found = vocabulary(head, "head")
     assert np.abs(found - tensors["output.weight"]).max() < 0.01
-
-
-def test_the_embedding_blob_runs_alone(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, tied=False)
-    store = Store(tmp_path / "s")
-    manifest = import_gguf(store, path, "untied", None, quiet)
-    options = ort.SessionOptions()
-    options.use_per_session_threads = False
-    session = ort.InferenceSession(str(store.blob_path(manifest.embedding)), options)
-    (rows,) = session.run(None, {"ids": np.array([5, 0, 268], np.int64)})
-    views = store.tensors(manifest.embedding)
-    wanted = dequantize(views["embedding.w"], views["embedding.s"])[[5, 0, 268]]
-    np.testing.assert_allclose(rows, wanted, rtol=1e-6)
 
 
 def test_progress_rises_from_nothing_to_everything(tiny_gguf: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    import_gguf(
-        Store(tmp_path / "s"), tiny_gguf, "x", None, lambda *progress: seen.append(progress)
-    )
+    import_file(Store(tmp_path / "s"), tiny_gguf, "x", lambda *progress: seen.append(progress))
     done = [step[0] for step in seen]
     assert done == sorted(done)
     assert done[0] == 0
@@ -130,19 +116,19 @@ def test_nothing_but_model_and_lock_is_left(imported: Imported) -> None:
 
 def test_a_name_that_is_taken_is_refused(imported: Imported, tiny_gguf: Path) -> None:
     with pytest.raises(ModelError, match="installed already"):
-        import_gguf(imported[0], tiny_gguf, "tiny", None, quiet)
+        import_file(imported[0], tiny_gguf, "tiny")
 
 
 def test_a_file_that_is_not_there_is_said_plainly(tmp_path: Path) -> None:
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(ModelError, match="cannot open"):
-            import_gguf(Store(tmp_path / "s"), path, "x", None, quiet)
+            import_file(Store(tmp_path / "s"), path, "x")
 
 
 def test_another_architecture_is_unsupported(tmp_path: Path) -> None:
-    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, architecture="qwen3moe")
-    with pytest.raises(UnsupportedModel, match=r"'qwen3moe'.*'llama'"):
-        import_gguf(Store(tmp_path / "s"), path, "x", None, quiet)
+    path = write_tiny_llama(tmp_path / "m.gguf", layers=1, architecture="mamba")
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*coeld runs .*llama.*qwen3moe"):
+        import_file(Store(tmp_path / "s"), path, "x")
 
 
 def test_a_bad_weight_in_the_last_layer_leaves_no_model(tmp_path: Path) -> None:
@@ -152,7 +138,7 @@ def test_a_bad_weight_in_the_last_layer_leaves_no_model(tmp_path: Path) -> None:
     path.write_bytes(data)
     store = Store(tmp_path / "s")
     with pytest.raises(BadModelFile, match=r"blk\.2\.ffn_down"):
-        import_gguf(store, path, "x", None, quiet)
+        import_file(store, path, "x")
     assert store.names() == []
 
 
@@ -161,15 +147,15 @@ def test_a_bad_weight_in_the_last_layer_leaves_no_model(tmp_path: Path) -> None:
 CHILD = """
 import signal, sys
 from pathlib import Path
-from coeld.model.importer import import_gguf
 from coeld.model.store import Store
+from tests.harness.importing import import_file
 
 def stop_at_layer_3(done, total, what):
     if what == "layer 3":
         print(what, flush=True)
         signal.pause()
 
-import_gguf(Store(Path(sys.argv[1])), Path(sys.argv[2]), "x", None, stop_at_layer_3)
+import_file(Store(Path(sys.argv[1])), Path(sys.argv[2]), "x", stop_at_layer_3)
 """
 
 
@@ -183,6 +169,7 @@ def test_an_interrupted_import_goes_on_and_ends_with_the_same_hash(
         [sys.executable, "-c", CHILD, str(store.root), str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        cwd=ROOT,
     )
     with child:
         assert child.stdout is not None
@@ -193,12 +180,12 @@ def test_an_interrupted_import_goes_on_and_ends_with_the_same_hash(
     assert list(store.partial.glob("*.tmp")) == []
 
     redone: list[int] = []
-    build = onnx_blobs.attention_blob
-    monkeypatch.setattr(onnx_blobs, "attention_blob", lambda w, s: redone.append(1) or build(w, s))
-    resumed = import_gguf(store, path, "x", None, quiet)
+    build = onnx_blobs.linear_blob
+    monkeypatch.setattr(onnx_blobs, "linear_blob", lambda *w: redone.append(1) or build(*w))
+    resumed = import_file(store, path, "x")
     assert len(redone) == 3
     store.verify(resumed)
-    fresh = import_gguf(Store(tmp_path / "fresh"), path, "x", None, quiet)
+    fresh = import_file(Store(tmp_path / "fresh"), path, "x")
     assert resumed.hash == fresh.hash
     assert files_in(store) == files_in(Store(tmp_path / "fresh"))
 
@@ -213,10 +200,10 @@ def test_a_damaged_journal_only_costs_time(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_gguf(store, tiny_gguf, "tiny", None, stop)
+        import_file(store, tiny_gguf, "tiny", stop)
     (journal,) = store.partial.iterdir()
     journal.write_bytes(journal.read_bytes()[:-20] + b'\n\xff\n[]\n{"part": 1, "refs": 2}\n')
-    assert import_gguf(store, tiny_gguf, "tiny", None, quiet).hash == imported[1].hash
+    assert import_file(store, tiny_gguf, "tiny").hash == imported[1].hash
 
 
 def test_finished_parts_whose_blobs_vanished_are_made_again(
@@ -229,10 +216,10 @@ def test_finished_parts_whose_blobs_vanished_are_made_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        import_gguf(store, tiny_gguf, "tiny", None, stop)
+        import_file(store, tiny_gguf, "tiny", stop)
     for blob in (store.root / "blobs").iterdir():
         blob.unlink()
-    again = import_gguf(store, tiny_gguf, "tiny", None, quiet)
+    again = import_file(store, tiny_gguf, "tiny")
     store.verify(again)
     assert again.hash == imported[1].hash
 
@@ -259,7 +246,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_start(
 ) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", layers=20)
     with pytest.raises(DiskFull, match=r"\d+ bytes are needed, \d+ are free"):
-        import_gguf(Store(small_disk / "s"), path, "x", None, quiet)
+        import_file(Store(small_disk / "s"), path, "x")
 
 
 def test_a_disk_that_fills_up_during_the_import_leaves_no_model_and_can_go_on(
@@ -275,12 +262,12 @@ def test_a_disk_that_fills_up_during_the_import_leaves_no_model_and_can_go_on(
                     pass
 
     with pytest.raises(DiskFull, match=r"the disk is full.*bytes are free"):
-        import_gguf(store, tiny_gguf, "tiny", None, fill)
+        import_file(store, tiny_gguf, "tiny", fill)
     assert store.names() == []
     assert list(store.partial.glob("*.tmp")) == []
     ballast.write_bytes(b"")
     ballast.unlink()
-    assert import_gguf(store, tiny_gguf, "tiny", None, quiet).hash == imported[1].hash
+    assert import_file(store, tiny_gguf, "tiny").hash == imported[1].hash
 
 
 def test_a_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
@@ -290,7 +277,7 @@ def test_a_file_size_limit_is_a_full_disk_too(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(DiskFull):
-            import_gguf(store, path, "x", None, quiet)
+            import_file(store, path, "x")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert store.names() == []

@@ -95,14 +95,14 @@ def test_a_number_that_contradicts_the_tensors_is_refused(
     tiny_gguf: Path, key: str, value: Any
 ) -> None:
     with GgufFile(tiny_gguf) as file:
-        file.metadata["llama." + key] = value
+        file.config["llama." + key] = value
         with pytest.raises((BadModelFile, UnsupportedModel)):
             read_shape(file)
 
 
 def test_a_rotary_embedding_of_part_of_the_head_is_unsupported(tiny_gguf: Path) -> None:
     with GgufFile(tiny_gguf) as file:
-        file.metadata["llama.rope.dimension_count"] = 8
+        file.config["llama.rope.dimension_count"] = 8
         with pytest.raises(UnsupportedModel, match="head size"):
             read_shape(file)
 

@@ -110,7 +110,7 @@ def test_merges_of_unknown_tokens_make_no_tokenizer(
     write_tiny_llama(tmp_path / "m.gguf", layers=1)
     with GgufFile(tmp_path / "m.gguf") as file:
         for merges in (["nothing known"], ["one"], ["a b c"]):
-            file.metadata["tokenizer.ggml.merges"] = merges
+            file.config["tokenizer.ggml.merges"] = merges
             with pytest.raises(BadModelFile, match="makes no tokenizer"):
                 read_vocabulary(file, len(vocabulary()))
 
@@ -124,6 +124,6 @@ def test_a_vocabulary_of_another_size_than_the_embedding_is_refused(tmp_path: Pa
 def test_user_defined_tokens_are_matched_but_not_hidden(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "m.gguf", layers=1)
     with GgufFile(tmp_path / "m.gguf") as file:
-        file.metadata["tokenizer.ggml.token_type"][0] = 4
+        file.config["tokenizer.ggml.token_type"][0] = 4
         found = json.loads(read_vocabulary(file, len(vocabulary())).json)
     assert [t["special"] for t in found["added_tokens"]] == [False, True, True]
