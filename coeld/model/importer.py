@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from coeld.compression.quantize import quantize
 from coeld.errors import ModelError
 from coeld.model import onnx_blobs
-from coeld.model.calibration import Calibration, calibration_tokens
+from coeld.model.calibration import Calibration, calibration_tokens, neurons
 from coeld.model.checkpoint import Checkpoint
 from coeld.model.families import blueprint
 from coeld.model.families.blueprint import Blueprint, Source
@@ -330,20 +330,6 @@ def trunk_weights(layer: dict[str, Floats], shape: Shape, form: Form) -> Weights
         else:
             weights[name] = value
     return weights
-
-
-def neurons(expert: dict[str, Floats], index: int, count: int) -> dict[str, Floats]:
-    """Slice `index` of `count`: its neurons' rows of gate and up, columns of down.
-
-    down's bias, which is no neuron's, goes with the first slice.
-    """
-    width = expert["gate"].shape[0] // count
-    own = slice(index * width, (index + 1) * width)
-    found = {name: value[own] for name, value in expert.items() if not name.startswith("down")}
-    found["down"] = expert["down"][:, own]
-    if "down.b" in expert and index == 0:
-        found["down.b"] = expert["down.b"]
-    return found
 
 
 def expert_weights(expert: dict[str, Floats], form: Form) -> Weights:
