@@ -40,6 +40,7 @@ from coeld.model.manifest import (
     trunk_matrices,
 )
 from coeld.model.onnx_blobs import FLOAT_BITS, Blob
+from coeld.model.statistics import Statistics
 from coeld.model.store import Store, check_name, disk_errors
 
 Progress = Callable[[int, int, str], None]
@@ -72,6 +73,8 @@ class Precision:
     """Of experts; or of each, by (layer, expert)."""
     trunk_bits: int = 8
     """Of attention and shared experts. Embedding and head have 8 bits at least."""
+    statistics: Statistics | None = None
+    """From which `bits` follow; kept in the manifest."""
 
     def table(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Per layer, the bits of each expert. Raises ModelError."""
@@ -141,6 +144,7 @@ class _Import:
         self._shape = self._blueprint.shape
         self._vocabulary = checkpoint.vocabulary(self._shape.vocab)
         self._bits, self._trunk_bits = precision.table(self._shape), precision.trunk_bits
+        self._statistics = precision.statistics
         self._calibration = self._calibrate()
         self._done = 0
         self._total = sum(sum(map(_count, self._sources(part))) for part in self._parts())
@@ -313,6 +317,7 @@ class _Import:
             bos_token=vocabulary.bos_token if vocabulary else None,
             eos_tokens=vocabulary.eos_tokens if vocabulary else (),
             add_bos=vocabulary.add_bos if vocabulary else False,
+            statistics=self._statistics,
         )
 
 
@@ -370,6 +375,6 @@ def read_journal(path: Path, store: Store) -> dict[str, list[BlobRef]]:
             value = json.loads(line)
             refs = [parse_blob(ref) for ref in value["refs"]]
             parts[str(value["part"])] = refs
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             continue
     return {part: refs for part, refs in parts.items() if all(map(store.has, refs))}

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 
 from coeld.errors import BadModelFile
 from coeld.ids import ModelHash
+from coeld.model.statistics import Statistics, parse_statistics
 from coeld.view import ModelDemand
 
 FORMAT: Final = 2
@@ -187,15 +188,17 @@ class Manifest:
     eos_tokens: tuple[int, ...]
     """Any of these ends an answer."""
     add_bos: bool
+    statistics: Statistics | None = None
+    """From which the experts' widths were chosen; None: they were given."""
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, indent=1)
 
     @property
     def hash(self) -> ModelHash:
-        """Same content, same hash, whatever people call it and wherever it came from."""
+        """Same content, same hash, whatever people call it and whatever led to it."""
         value = asdict(self)
-        del value["name"], value["source"], value["licence"]
+        del value["name"], value["source"], value["licence"], value["statistics"]
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
 
@@ -277,10 +280,11 @@ def parse_manifest(text: str) -> Manifest:
                 "tokenizer": _optional_blob(value["tokenizer"]),
                 "chat_template": _optional_blob(value["chat_template"]),
                 "eos_tokens": tuple(map(int, value["eos_tokens"])),
+                "statistics": _statistics(value.get("statistics"), value["shape"]),
             }
         )
         _check(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise BadModelFile(
             f"the manifest is damaged ({exc}). Remove the model and add it again: "
             "coeld model rm NAME, coeld model add NAME."
@@ -302,12 +306,16 @@ def _shape(value: dict[str, Any]) -> Shape:
     )
 
 
+def _statistics(value: dict[str, Any] | None, shape: dict[str, Any]) -> Statistics | None:
+    return parse_statistics(value, shape["layers"], shape["experts"]) if value else None
+
+
 def _optional_blob(value: dict[str, Any] | None) -> BlobRef | None:
     return parse_blob(value) if value else None
 
 
 def parse_blob(value: dict[str, Any]) -> BlobRef:
-    """Raises ValueError, KeyError, TypeError or AttributeError when it is malformed."""
+    """Raises ValueError, KeyError, TypeError, AttributeError or OverflowError."""
     sha256 = value["sha256"]
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise ValueError(f"not a sha256: {sha256!r}")

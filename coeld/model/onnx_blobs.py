@@ -64,50 +64,58 @@ def matrix(weight: NDArray[np.float32], name: str, bits: int, block: int) -> Wei
 
 
 def expert_blob(weights: Weights, shape: Shape) -> Blob:
-    """x (n, H) and gate (n, 1) to y (n, H), the expert's output times the gate.
+    """x (n, H) and gate (n, 1) to y (n, H), the expert's output times the gate."""
+    nodes = (
+        _quantised_expert(weights, shape) if "fc1.s" in weights else _exact_expert(weights, shape)
+    )
+    inputs = [_floats("x", "n", shape.hidden), _floats("gate", "n", 1)]
+    return _blob("expert", nodes, inputs, [_floats("y", "n", shape.hidden)], weights)
 
-    One QMoE node of one expert; in float32, MoE, which knows no gate, and a multiplication.
-    """
-    h = shape.hidden
-    options = {
+
+def _quantised_expert(weights: Weights, shape: Shape) -> list[Any]:
+    """One QMoE node of one expert. At 3 bits the operator wants everything in half precision."""
+    bits = 8 * weights["fc1.w"].shape[-1] // shape.hidden
+    inputs = ["x", "gate", "fc1.w", "fc1.s", "fc1.b", "fc2.w", "fc2.s", "fc2.b"]
+    inputs = [name if name in weights or name in ("x", "gate") else "" for name in inputs]
+    inputs += [""] * 6 + ["gate"]
+    options = _moe_attributes(shape.activation) | {
+        "expert_weight_bits": bits,
+        "block_size": shape.hidden // weights["fc1.s"].shape[-1],
+        "accuracy_level": ACCURACY,
+    }
+    if bits != 3:
+        return [helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **options)]
+    floats = sorted({name for name in inputs if name and not name.endswith(".w")})
+    options["weights_prepacked"] = 0  # also wanted at 3 bits only
+    half = [f"{name}.half" if name in floats else name for name in inputs]
+    return [
+        *(helper.make_node("Cast", [x], [f"{x}.half"], to=TensorProto.FLOAT16) for x in floats),
+        helper.make_node("QMoE", half, ["y.half"], domain=MICROSOFT, **options),
+        helper.make_node("Cast", ["y.half"], ["y"], to=TensorProto.FLOAT),
+    ]
+
+
+def _exact_expert(weights: Weights, shape: Shape) -> list[Any]:
+    """One MoE node of one expert, which knows no gate, and a multiplication."""
+    inputs = ["x", "gate", "fc1.w", "fc1.b", "fc2.w", "fc2.b"]
+    inputs = [name if name in weights or name in ("x", "gate") else "" for name in inputs]
+    options = _moe_attributes(shape.activation)
+    return [
+        helper.make_node("MoE", inputs, ["plain"], domain=MICROSOFT, **options),
+        helper.make_node("Mul", ["plain", "gate"], ["y"]),
+    ]
+
+
+def _moe_attributes(activation: Activation) -> dict[str, Any]:
+    """Alpha and beta always explicit; without a limit there is none, as the operators define it."""
+    found = {
         "k": 1,
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
         "normalize_routing_weights": 0,
-        **activation_attributes(shape.activation),
+        "activation_alpha": activation.alpha,
+        "activation_beta": activation.beta,
     }
-
-    def have(name: str) -> str:
-        return name if name in weights else ""
-
-    if "fc1.s" in weights:
-        block = h // weights["fc1.s"].shape[-1]
-        options |= {
-            "expert_weight_bits": 8 * weights["fc1.w"].shape[-1] // h,
-            "block_size": block,
-            "accuracy_level": ACCURACY,
-        }
-        inputs = ["x", "gate", "fc1.w", "fc1.s", have("fc1.b"), "fc2.w", "fc2.s", have("fc2.b")]
-        inputs += [""] * 6 + ["gate"]
-        nodes = [helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **options)]
-    else:
-        inputs = ["x", "gate", "fc1.w", have("fc1.b"), "fc2.w", have("fc2.b")]
-        nodes = [
-            helper.make_node("MoE", inputs, ["plain"], domain=MICROSOFT, **options),
-            helper.make_node("Mul", ["plain", "gate"], ["y"]),
-        ]
-    return _blob(
-        "expert",
-        nodes,
-        [_floats("x", "n", h), _floats("gate", "n", 1)],
-        [_floats("y", "n", h)],
-        weights,
-    )
-
-
-def activation_attributes(activation: Activation) -> dict[str, float]:
-    """Always explicit; without a limit there is none, as the operators define it."""
-    found = {"activation_alpha": activation.alpha, "activation_beta": activation.beta}
     return found | ({"swiglu_limit": activation.limit} if activation.limit else {})
 
 

@@ -7,8 +7,9 @@ from coeld.model.checkpoint import Checkpoint
 from coeld.model.gguf_file import GgufFile
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(source: str | Path) -> Checkpoint:
     """Raises ModelError when there is nothing to open, BadModelFile, UnsupportedModel."""
+    path = Path(source)
     try:
         return GgufFile(path)
     except OSError as exc:

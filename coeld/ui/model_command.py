@@ -14,9 +14,10 @@ from coeld.errors import ModelError
 from coeld.model.catalogue import catalogue, find
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store, default_store
+from coeld.ui import precision_command
 
 if TYPE_CHECKING:
-    from coeld.model.importer import Precision, Progress
+    from coeld.model.importer import Progress
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as shells use it."""
@@ -31,14 +32,15 @@ def add_parser(subparsers: Any) -> None:
         "--store", type=Path, metavar="DIR", help=f"where models are kept ({default_store()})"
     )
     add = commands.add_parser("add", parents=[store], help="install a model")
-    add.add_argument("model", metavar="NAME|FILE", help="a known model, or a GGUF file")
-    add.add_argument("--name", help="what to call the model of a file (default: after the file)")
+    add.add_argument("model", metavar="NAME|SOURCE", help="a known model, or a GGUF file")
+    add.add_argument("--name", help="what to call it (default: after the file, or as it is known)")
     add.add_argument(
         "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
     )
     add.add_argument(
         "--trunk-bits", type=int, default=8, help="per weight of attention: 8, 4, or 32"
     )
+    precision_command.add_arguments(add)
     add.set_defaults(run=_add)
     listing = commands.add_parser("list", parents=[store], help="show installed and known models")
     listing.add_argument("--json", action="store_true", help="for programs")
@@ -57,11 +59,8 @@ def _add(args: argparse.Namespace) -> int:
     start = time.monotonic()
     try:
         with _progress() as progress:
-            path = Path(args.model)
-            if path.suffix == ".gguf" or "/" in args.model:
-                manifest = _add_file(store, path, args, progress)
-            elif args.name:
-                raise ModelError("--name is for files; known models keep their name.")
+            if _is_source(args.model):
+                manifest = _add_source(store, args, progress)
             else:
                 manifest = _add_known(store, args, progress)
     except KeyboardInterrupt:
@@ -71,19 +70,34 @@ def _add(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_file(store: Store, path: Path, args: argparse.Namespace, progress: "Progress") -> Manifest:
-    from coeld.model.importer import import_checkpoint  # half a second: numpy, onnx, tokenizers
+def _is_source(text: str) -> bool:
+    """Whether it names a file, a folder or a repository on the hub, not a known model."""
+    return text.startswith("hf:") or "/" in text or text.endswith(".gguf") or Path(text).is_dir()
+
+
+def _name_after(source: str) -> str:
+    """Its last part, in the characters that names may have."""
+    last = source.rstrip("/").rpartition("/")[2].partition("@")[0].removesuffix(".gguf")
+    return re.sub(r"[^a-z0-9._-]", "-", last.lower())
+
+
+def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
+    # Half a second: numpy, onnx, tokenizers.
+    from coeld.model.importer import import_checkpoint, require_new
     from coeld.model.open_checkpoint import open_checkpoint
 
-    name = args.name or re.sub(r"[^a-z0-9._-]", "-", path.stem.lower())
-    with open_checkpoint(path) as checkpoint:
-        return import_checkpoint(store, checkpoint, name, progress, precision=_precision(args))
+    name = args.name or _name_after(args.model)
+    require_new(store, name)
+    with open_checkpoint(args.model) as checkpoint:
+        precision = precision_command.choose(args, checkpoint, name, progress)
+        return import_checkpoint(store, checkpoint, name, progress, precision=precision)
 
 
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
-    if entry.name in store.names():
-        return store.manifest(entry.name)
+    name = args.name or entry.name
+    if name in store.names():
+        return store.manifest(name)
     from coeld.model.fetch import fetched
     from coeld.model.importer import Origin, import_checkpoint
     from coeld.model.open_checkpoint import open_checkpoint
@@ -94,15 +108,10 @@ def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> 
         fetched(store, entry, progress) as path,
         open_checkpoint(path) as checkpoint,
     ):
+        precision = precision_command.choose(args, checkpoint, name, progress)
         return import_checkpoint(
-            store, checkpoint, entry.name, progress, origin=origin, precision=_precision(args)
+            store, checkpoint, name, progress, origin=origin, precision=precision
         )
-
-
-def _precision(args: argparse.Namespace) -> "Precision":
-    from coeld.model.importer import Precision
-
-    return Precision(args.bits, args.trunk_bits)
 
 
 def _report(store: Store, manifest: Manifest, seconds: float) -> None:
@@ -217,7 +226,7 @@ def _progress() -> Iterator["Progress"]:
 
 
 def _stage(what: str) -> str:
-    return what if what in ("downloading", "unpacking") else "importing"
+    return what if what in ("downloading", "unpacking", "measuring") else "importing"
 
 
 class _Lines:

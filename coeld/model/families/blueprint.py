@@ -95,6 +95,8 @@ class Traits:
     experts: int = 1
     top_k: int = 1
     shared_width: int = 0
+    shared_score: bool = False
+    """The shared expert's output is times a sigmoid of a score of its own."""
     ffn_norm: tuple[str, str] = ("post_attention_layernorm", "ffn_norm")
     router: str = "mlp.gate"
     """The router's name in Hugging Face folders."""
@@ -359,9 +361,10 @@ class _Drafter:
             "shared_up": (Source("ffn_up_shexp.weight", (width, h)),),
             "shared_down": (Source("ffn_down_shexp.weight", (h, width)),),
         }
-        name = "ffn_gate_inp_shexp.weight"
-        if self._settings.has(f"blk.0.{name}"):
-            flat = len(self._settings.checkpoint.shape(f"blk.0.{name}")) == 1  # older files
+        if self._traits.shared_score:
+            name, settings = "ffn_gate_inp_shexp.weight", self._settings
+            first = f"blk.0.{name}"
+            flat = settings.has(first) and len(settings.checkpoint.shape(first)) == 1  # older files
             row = Source(name, (h,), None, lambda x: x[None]) if flat else Source(name, (1, h))
             shared["shared_score"] = (row,)
         return shared

@@ -12,12 +12,12 @@ from coeld.model.manifest import Routing
 
 
 def read(settings: Settings) -> Traits:
-    biased = settings.flag("attention_bias", "", default=settings.has("blk.0.attn_q.bias"))
     shared = settings.value("shared_intermediate_size", "expert_shared_feed_forward_length")
+    qkv, o = settings.attention_biases()
     return Traits(
+        qkv_bias=qkv,
+        o_bias=o,
         permuted=True,
-        qkv_bias=biased,
-        o_bias=biased,
         # GGUF's attention.scale 0 or absent: llama.cpp takes 1 / sqrt(head_dim).
         attention_scale=settings.number("attention_multiplier", "attention.scale", 1.0)
         if not settings.gguf or settings.value("", "attention.scale")

@@ -5,17 +5,14 @@ from coeld.model.families.settings import Settings
 
 
 def read(settings: Settings) -> Traits:
-    if settings.gguf:
-        biased = settings.has("blk.0.attn_q.bias")
-    else:
-        biased = settings.flag("attention_bias", "", default=False)
     for key in ("expert_count", "expert_used_count"):
         if count := settings.value("", key):
             settings.refuse(key, count)
+    qkv, o = settings.attention_biases()
     return Traits(
+        qkv_bias=qkv,
+        o_bias=o,
         permuted=True,
-        qkv_bias=biased,
-        o_bias=biased,
         width=settings.count("intermediate_size", "feed_forward_length"),
     )
 

@@ -7,10 +7,10 @@ from coeld.model.manifest import Routing
 
 
 def read(settings: Settings) -> Traits:
-    biased = settings.flag("attention_bias", "", default=False)
+    qkv, o = settings.attention_biases()
     return Traits(
-        qkv_bias=biased,
-        o_bias=biased,
+        qkv_bias=qkv,
+        o_bias=o,
         qk_norm="all",
         width=settings.count("intermediate_size", "feed_forward_length"),
         routing=Routing("softmax", renormalise=settings.flag("norm_topk_prob", "", default=False)),

@@ -30,6 +30,7 @@ def read(settings: Settings) -> Traits:
         shared_width=settings.count(
             "shared_expert_intermediate_size", "expert_shared_feed_forward_length", dense
         ),
+        shared_score=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense: no biases, but q and k of every head are normed before the rotation."""
+"""Qwen3, dense: biases seldom, but q and k of every head are normed before the rotation."""
 
 from dataclasses import replace
 
@@ -8,8 +8,8 @@ from coeld.model.families.settings import Settings
 
 
 def read(settings: Settings) -> Traits:
-    biased = settings.flag("attention_bias", "", default=False)
-    return replace(qwen2.read(settings), qkv_bias=biased, o_bias=biased, qk_norm="head")
+    qkv, o = settings.attention_biases()
+    return replace(qwen2.read(settings), qkv_bias=qkv, o_bias=o, qk_norm="head")
 
 
 FAMILY = Family("qwen3", "qwen3", read, DENSE)

@@ -16,13 +16,13 @@ EXPERTS = named_experts(
 
 def read(settings: Settings) -> Traits:
     layers = settings.count("num_hidden_layers", "block_count")
-    biased = settings.flag("attention_bias", "", default=False)
     # The configuration's attribute has two names.
     experts = "num_experts" if settings.value("num_experts", "") else "num_local_experts"
     settings.value("intermediate_size", "")  # of dense layers: there are none
+    qkv, o = settings.attention_biases()
     return Traits(
-        qkv_bias=biased,
-        o_bias=biased,
+        qkv_bias=qkv,
+        o_bias=o,
         qk_norm="head",
         windows=() if settings.gguf else settings.windows(layers, lambda _layer: True),
         width=settings.count("moe_intermediate_size", "expert_feed_forward_length"),

@@ -103,6 +103,19 @@ class Settings:
             self.bad(huggingface, gguf, found)
         return found
 
+    def attention_biases(self) -> tuple[bool, bool]:
+        """Whether q, k and v have biases, and whether o has, in families where they may.
+
+        GGUF has no key for it: llama.cpp uses what is there.
+        """
+        if not self.gguf:
+            biased = self.flag("attention_bias", "", default=False)
+            return biased, biased
+        ends = (".attn_q.bias", ".attn_k.bias", ".attn_v.bias"), ".attn_output.bias"
+        names = self.checkpoint.names()
+        qkv, o = (any(name.endswith(end) for name in names) for end in ends)
+        return qkv, o
+
     def windows(self, layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
         """Per layer, the tokens a token attends to, itself included; 0 is all. Empty: all are 0.
 

@@ -10,22 +10,24 @@ import numpy as np
 import pytest
 
 from coeld.errors import BadModelFile, ModelError, UnsupportedModel
-from coeld.model.families import llama
+from coeld.model.families import blueprint
 from coeld.model.gguf_file import GgufFile
-from coeld.model.tokenizer import read_vocabulary
 from tests.reference import gguf_numpy
 from tests.reference.tiny_gguf import Type, write_tiny_llama
+
+EMBEDDING = "token_embd.weight"
 
 
 def read_all(path: Path) -> None:
     """Everything an import reads."""
     with GgufFile(path) as file:
-        shape = llama.read_shape(file)
-        read_vocabulary(file, shape.vocab)
-        for layer in range(shape.layers):
-            llama.read_layer(file, shape, layer)
-        for name in (llama.EMBEDDING, llama.NORM):
-            file.read(name)
+        plan = blueprint(file)
+        file.vocabulary(plan.shape.vocab)
+        for layer in range(plan.shape.layers):
+            plan.trunk(layer)
+            plan.expert(layer, 0)
+        for source in (plan.embedding, plan.head, plan.norm):
+            source.read(file)
 
 
 def header_bytes(path: Path) -> int:
@@ -41,8 +43,8 @@ def test_every_supported_type_is_read_as_the_reference_reads_it(tmp_path: Path, 
         assert file.tensors.keys() == reference.tensors.keys()
         for name, wanted in reference.tensors.items():
             np.testing.assert_array_equal(file.read(name), wanted)
-        part = file.read(llama.EMBEDDING, 5, 9)
-        np.testing.assert_array_equal(part, reference.tensors[llama.EMBEDDING][5:9])
+        part = file.read(EMBEDDING, 5, 9)
+        np.testing.assert_array_equal(part, reference.tensors[EMBEDDING][5:9])
 
 
 def test_metadata_and_places_are_those_the_gguf_package_finds(tiny_gguf: Path) -> None:
@@ -205,12 +207,12 @@ def test_a_weight_that_is_no_number_is_named(tmp_path: Path, value: float) -> No
 def test_an_infinite_scale_of_a_block_is_named(tmp_path: Path) -> None:
     path = write_tiny_llama(tmp_path / "m.gguf", layers=1)
     with GgufFile(path) as file:
-        place = file.tensors[llama.EMBEDDING].offset
+        place = file.tensors[EMBEDDING].offset
     data = bytearray(path.read_bytes())
     data[place : place + 2] = struct.pack("<H", 0x7C00)
     path.write_bytes(data)
-    with GgufFile(path) as file, pytest.raises(BadModelFile, match=llama.EMBEDDING):
-        file.read(llama.EMBEDDING)
+    with GgufFile(path) as file, pytest.raises(BadModelFile, match=EMBEDDING):
+        file.read(EMBEDDING)
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:

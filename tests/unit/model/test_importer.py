@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,13 @@ import pytest
 from coeld.compression.quantize import dequantize
 from coeld.errors import BadModelFile, DiskFull, ModelError, UnsupportedModel
 from coeld.model import onnx_blobs
-from coeld.model.importer import Origin
-from coeld.model.manifest import Manifest
+from coeld.model.checkpoint import Vocabulary
+from coeld.model.families import blueprint
+from coeld.model.importer import Origin, Precision, import_checkpoint
+from coeld.model.manifest import Manifest, expert_matrices, matrix_form
 from coeld.model.store import Store
-from tests.harness.importing import import_file
+from tests.fakes.memory_checkpoint import ARCHITECTURES, huggingface
+from tests.harness.importing import import_file, quiet
 from tests.reference import gguf_numpy
 from tests.reference.tiny_gguf import write_tiny_llama
 
@@ -292,3 +296,95 @@ def test_other_trouble_with_the_disk_is_not_called_full(tmp_path: Path) -> None:
             store.put(b"x")
         assert caught.value.errno == errno.ENOENT
         store.partial.mkdir()
+
+
+# Families and precisions
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_family_is_imported_as_it_is_at_32_bits(name: str, tmp_path: Path) -> None:
+    store, checkpoint = Store(tmp_path / "s"), huggingface(name)
+    precision = Precision(bits=32, trunk_bits=32)
+    manifest = import_checkpoint(store, checkpoint, "m", quiet, precision=precision)
+    assert store.manifest("m") == manifest
+    plan = blueprint(checkpoint)
+    for layer in range(plan.shape.layers):
+        trunk = store.tensors(manifest.trunk[layer])
+        for key, wanted in plan.trunk(layer).items():
+            stored = key if key in trunk else f"{key}.w"
+            np.testing.assert_array_equal(trunk[stored], wanted)
+        parts = [store.tensors(ref) for ref in manifest.experts[layer]]
+        for index in range(len(plan.layers[layer].experts)):
+            wanted = plan.expert(layer, index)
+            own = parts if manifest.shape.routing is None else parts[index : index + 1]
+            for offset, part in enumerate(("gate", "up")):
+                found = np.concatenate([views["fc1.w"][0, offset::2] for views in own])
+                np.testing.assert_array_equal(found, wanted[part])
+            found = np.concatenate([views["fc2.w"][0] for views in own], 1)
+            np.testing.assert_array_equal(found, wanted["down"])
+            if "down.b" in wanted:
+                np.testing.assert_array_equal(own[0]["fc2.b"][0], wanted["down.b"])
+                np.testing.assert_array_equal(own[0]["fc1.b"][0, 0::2], wanted["gate.b"])
+                np.testing.assert_array_equal(own[0]["fc1.b"][0, 1::2], wanted["up.b"])
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_each_expert_may_have_a_width_of_its_own(name: str, tmp_path: Path) -> None:
+    widths = [8, 4, 3, 2, 32, 8, 2, 4]
+    precision = Precision(lambda layer, expert: widths[(layer + expert) % 8], trunk_bits=4)
+    manifest = import_checkpoint(
+        Store(tmp_path / "s"), huggingface(name), "m", quiet, precision=precision
+    )
+    shape = manifest.shape
+    for layer, experts in enumerate(manifest.experts):
+        found = [matrix_form(ref, *expert_matrices(shape)[0]).bits for ref in experts]
+        assert found == [widths[(layer + expert) % 8] for expert in range(shape.experts)]
+        assert matrix_form(manifest.trunk[layer], "o", 128, 128).bits == 4
+
+
+def test_another_precision_is_another_model_and_continues_no_import_of_this(
+    imported: Imported, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    store = Store(tmp_path / "s")
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_file(store, tiny_gguf, "tiny", stop, precision=Precision(4))
+    assert import_file(store, tiny_gguf, "tiny").hash == imported[1].hash
+    assert import_file(store, tiny_gguf, "four", precision=Precision(4)).hash != imported[1].hash
+
+
+def test_smoothing_reads_the_vocabularys_text_and_changes_routed_models_too(
+    imported: Imported, tmp_path: Path
+) -> None:
+    store, tiny = imported
+    words = Vocabulary(store.blob_path(tiny.tokenizer).read_bytes(), None, (), False, None)
+    checkpoint = huggingface("qwen2_moe")
+    rough = import_checkpoint(Store(tmp_path / "a"), checkpoint, "m", quiet)
+    checkpoint.words = words
+    smooth = import_checkpoint(Store(tmp_path / "b"), checkpoint, "m", quiet)
+    assert (rough.tokenizer, smooth.tokenizer) == (None, tiny.tokenizer)
+    for before, after in zip(rough.experts[0], smooth.experts[0], strict=True):
+        assert before.sha256 != after.sha256
+
+
+def test_experts_stream_through_memory_one_by_one(tmp_path: Path) -> None:
+    """64 experts of 0.75 MB as float32 in each layer; never more than a few are there."""
+    checkpoint = huggingface("mixtral", num_local_experts=64, intermediate_size=512)
+    one, other = np.zeros((512, 128), np.float32), np.zeros((128, 512), np.float32)
+    for layer in range(3):
+        at = f"model.layers.{layer}.block_sparse_moe."
+        checkpoint.tensors[at + "gate.weight"] = np.zeros((64, 128), np.float32)
+        for expert in range(64):
+            for part, value in (("w1", one), ("w3", one), ("w2", other)):
+                checkpoint.tensors[f"{at}experts.{expert}.{part}.weight"] = value
+    tracemalloc.start()
+    try:
+        import_checkpoint(Store(tmp_path / "s"), checkpoint, "m", quiet)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6

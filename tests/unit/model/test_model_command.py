@@ -8,6 +8,7 @@ import pytest
 
 from coeld.errors import ModelError, UnknownModel
 from coeld.model import importer
+from coeld.model.manifest import matrix_form
 from coeld.model.store import Store
 from coeld.ui import model_command
 
@@ -101,3 +102,32 @@ def test_a_terminal_gets_a_bar(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert run("add", str(tiny_gguf)) == 0
     assert "importing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hf:Qwen/Qwen3-0.6B@main", "qwen3-0.6b"),
+        ("./models/OLMoE 1B/", "olmoe-1b"),
+        ("a.Q8_0.gguf", "a.q8_0"),
+    ],
+)
+def test_a_source_is_recognised_and_gives_the_name(source: str, name: str) -> None:
+    assert model_command._is_source(source)
+    assert model_command._name_after(source) == name
+
+
+def test_bits_are_chosen_for_experts_and_trunk(place: Path, tiny_gguf: Path) -> None:
+    assert run("add", str(tiny_gguf), "--bits", "4", "--trunk-bits", "32") == 0
+    manifest = Store(place).manifest("tiny")
+    assert matrix_form(manifest.experts[0][0], "fc1", 128, 64).bits == 4
+    assert matrix_form(manifest.trunk[0], "o", 64, 64).bits == 32
+
+
+@pytest.mark.parametrize(("option", "bits"), [("--bits", "5"), ("--trunk-bits", "2")])
+def test_a_width_that_does_not_exist_is_answered_with_those_that_do(
+    place: Path, tiny_gguf: Path, option: str, bits: str
+) -> None:
+    with pytest.raises(ModelError, match=f"{bits} bits for .*: use one of .*4, 8, 32"):
+        run("add", str(tiny_gguf), option, bits)
+    assert Store(place).names() == []

@@ -54,7 +54,7 @@ def test_a_name_cannot_leave_the_folder(imported: Imported, name: str) -> None:
 
 def test_weights_are_views_of_the_file_and_cannot_be_written(imported: Imported) -> None:
     store, manifest = imported
-    for ref in (manifest.head, manifest.attention[0], manifest.experts[1][7]):
+    for ref in (manifest.head, manifest.trunk[0], manifest.experts[1][7]):
         for name, view in store.tensors(ref).items():
             assert view.shape == ref.tensors[name].shape
             assert not view.flags.owndata
