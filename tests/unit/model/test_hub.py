@@ -5,18 +5,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from coeld.errors import ModelError
+from coeld.model.hf_folder import HfFolder
 from coeld.model.hub import open_hub
 from coeld.model.store import Store
 from tests.harness.hub_server import COMMIT, Hub, running_hub
-from tests.harness.tiny_checkpoints import write_folder
+from tests.harness.tiny_checkpoints import write_folder, write_shards
 
 OPEN = """
 import sys
@@ -83,13 +86,20 @@ def test_a_model_is_fetched_imported_and_called_by_its_commit(hub: Hub, tmp_path
 def test_a_broken_connection_is_taken_up_where_it_broke(
     hub: Hub, tmp_path: Path, folder: Path
 ) -> None:
-    victim = "model-00002-of-00003.safetensors"
-    hub.faults[victim] = "drop"
-    out = opened(hub.url, tmp_path, "hf:tiny/mixtral")
-    assert out.startswith(f"hf:tiny/mixtral@{COMMIT}"), out
-    assert out.split()[2:4] == ["True", "True"]  # progress was told, and rose
-    half = (folder / victim).stat().st_size // 2
-    assert [place for name, place in hub.asked if name == victim] == [None, f"bytes={half}-"]
+    """Where it broke, but for what was not yet written: the package writes 10 MiB at a time."""
+    large = tmp_path / "large"
+    large.mkdir()
+    shutil.copy(folder / "config.json", large)
+    weights = {"w": ("F16", (np.arange(12 << 20) % 1000).astype(np.float16))}
+    write_shards(large, weights)
+    hub.repositories["tiny/large"] = large
+    hub.faults["model.safetensors"] = "drop"
+    out = opened(hub.url, tmp_path, "hf:tiny/large")
+    assert out.startswith(f"hf:tiny/large@{COMMIT}"), out
+    with HfFolder(large) as expected:
+        assert out.split()[1:4] == [expected.fingerprint(), "True", "True"]  # progress rose
+    places = [place for name, place in hub.asked if name == "model.safetensors"]
+    assert places == [None, f"bytes={10 << 20}-"]
 
 
 def test_after_a_failure_complete_files_stay_and_the_cache_serves_offline(
