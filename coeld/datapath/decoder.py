@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 
 from coeld.datapath.dispatch import Dispatcher
-from coeld.datapath.plan import Cut, Span, Step
-from coeld.datapath.ports import Cache, Rows, SpanRunner
+from coeld.datapath.plan import Cut, Span
+from coeld.datapath.ports import Cache, Gates, Rows, SpanRunner
 from coeld.datapath.request import Request
 
 
 class Decoder:
-    """Runs the plan. One thread; `steps` may be replaced between two passes."""
+    """Runs the trunk's plan. One thread; the plan may be replaced between two passes."""
 
-    def __init__(self, trunk: SpanRunner, dispatcher: Dispatcher, steps: Sequence[Step]) -> None:
+    def __init__(self, trunk: SpanRunner, dispatcher: Dispatcher) -> None:
         self.trunk = trunk
         self.dispatcher = dispatcher
-        self.steps = steps
 
     def forward(
         self, cache: Cache, tokens: Sequence[int], rows: Sequence[int], request: Request
@@ -27,13 +26,14 @@ class Decoder:
         """
         self.trunk.begin(cache, tokens, rows)
         out: Rows | None = None
-        for step in self.steps:
+        gates: Gates | None = None
+        for step in self.trunk.steps:
             match step:
                 case Span():
-                    out = self.trunk.run(step)
+                    out, gates = self.trunk.run(step)
                 case Cut(layer):
                     assert out is not None
-                    self.trunk.add(self.dispatcher.run(layer, out, request))
+                    self.trunk.add(self.dispatcher.run(layer, out, gates, request))
         assert out is not None
         cache.length += len(tokens)
         return out

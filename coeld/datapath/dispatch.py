@@ -1,10 +1,11 @@
-"""Dispatch: the rows of a cut layer go to the owners of its experts, partial sums come back.
+"""Dispatch: the rows of a cut layer go to the owners of the chosen experts, partial sums come back.
 
-Each owner gets one copy of the rows and adds up its experts' outputs before it answers; local
-experts run while peers compute. A device that serves the whole layer is preferred to several that
-share it: its sum has the bits that one device alone would compute. Partial sums added in another
-order differ in the last bit, which int8 rounding of activations amplifies to the size of its own
-error (median 0.17 in a logit of SmolLM2), enough to flip near-ties in greedy decoding.
+Each owner gets one copy of each row that chose one of its experts, with their gate weights, and
+adds up its experts' outputs before it answers; local experts run while peers compute. A device
+that serves all that were chosen is preferred to several that share them: its sum has the bits that
+one device alone would compute. Partial sums added in another order differ in the last bit, which
+int8 rounding of activations amplifies to the size of its own error (median 0.17 in a logit of
+SmolLM2), enough to flip near-ties in greedy decoding.
 
 Owners are stateless, so a layer that failed is simply asked again: another owner, this device if
 the lots have been loaded meanwhile, or whoever the next route table names. Only when nobody holds
@@ -13,11 +14,14 @@ an expert for `patience_s` does the request fail.
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from coeld.datapath.ports import Call, ExpertRunner, PeerLink, Rows
+import numpy as np
+from numpy.typing import NDArray
+
+from coeld.datapath.ports import Call, ExpertRunner, Gates, PeerLink, Rows
 from coeld.datapath.request import Cancelled, Request
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
@@ -28,6 +32,10 @@ COOLDOWN_S: Final = 0.5
 
 WAIT_S_MAX: Final = 0.05
 """Between two looks at the routes while waiting; a new table wakes the waiter at once."""
+
+
+Picked = NDArray[np.intp]
+"""Indices of rows."""
 
 
 class RouteBoard:
@@ -88,12 +96,16 @@ class Dispatcher:
     """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
 
-    def run(self, layer: int, x: Rows, request: Request) -> Rows:
-        """Sum over all experts of the layer on x (n, H). Raises NotCovered, Cancelled."""
+    def run(self, layer: int, x: Rows, gates: Gates | None, request: Request) -> Rows:
+        """Sum over the layer's experts of gate * expert(x), x (n, H); no gates: all 1.
+
+        Raises NotCovered, Cancelled.
+        """
+        chosen = self._chosen(gates)
         waiting_since: float | None = None
         while True:
             version, failures = self.board.version, self.failures
-            total = self._attempt(layer, x)
+            total = self._attempt(layer, chosen, x, gates)
             if total is not None:
                 break
             if self.failures > failures:
@@ -105,29 +117,41 @@ class Dispatcher:
             request.stalls_s.append(time.monotonic() - waiting_since)
         return total
 
-    def _attempt(self, layer: int, x: Rows) -> Rows | None:
+    def _chosen(self, gates: Gates | None) -> frozenset[int]:
+        """The experts that some row needs."""
+        if gates is None:
+            return frozenset(range(self.experts))
+        columns = gates[0] if len(gates) == 1 else gates.any(axis=0)
+        return frozenset(np.flatnonzero(columns).tolist())
+
+    def _attempt(
+        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None
+    ) -> Rows | None:
         """Call every owner, run what is here, collect: the sum, or None if any part is missing.
 
         Never keeps a part: the whole layer is asked again, so that a failure leaves no trace in
         the order of additions.
         """
-        shares = self._share(layer)
+        shares = self._share(layer, chosen)
         if shares is None:
             return None
         parts: list[Rows | None] = []
-        calls: list[tuple[NodeId, Call]] = []
+        calls: list[tuple[NodeId, Call, Picked | None]] = []
         for node, experts in shares.calls.items():
+            ids = sorted(experts)
+            rows, weights, picked = _rows_for(ids, x, gates)
             try:
                 address = shares.addresses[node]
-                calls.append((node, self.peers.call(node, address, layer, experts, x)))
+                call = self.peers.call(node, address, layer, ids, rows, weights)
+                calls.append((node, call, picked))
             except PeerError as exc:
                 self._fail(node, exc)
                 parts.append(None)
         if shares.here:
-            parts.append(self._run_here(layer, shares.here, x))
-        for node, call in calls:
+            parts.append(self._run_here(layer, shares.here, x, gates))
+        for node, call, picked in calls:
             try:
-                parts.append(call.result())
+                parts.append(_spread(call.result(), picked, len(x)))
             except PeerError as exc:
                 self._fail(node, exc)
                 parts.append(None)
@@ -136,33 +160,39 @@ class Dispatcher:
             return None
         return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0].copy())
 
-    def _run_here(self, layer: int, here: Collection[int], x: Rows) -> Rows | None:
+    def _run_here(
+        self, layer: int, here: frozenset[int], x: Rows, gates: Gates | None
+    ) -> Rows | None:
         try:
-            return self.runner.run(layer, here, x)
+            if len(here) == self.experts:
+                return self.runner.run(layer, range(self.experts), x, gates)
+            ids = sorted(here)
+            return self.runner.run(layer, ids, x, None if gates is None else gates[:, ids])
         except PeerError:
             return None  # dropped between the look and the run: the next attempt goes elsewhere
 
-    def _share(self, layer: int) -> "_Shares | None":
+    def _share(self, layer: int, chosen: frozenset[int]) -> "_Shares | None":
         """Who runs what, or None while some expert has no owner that can be asked.
 
         Whole if one device can; otherwise local experts here and each other expert at its first
         owner.
         """
-        everything = frozenset(range(self.experts))
         here, table = self.runner.here(layer), self.board.table
-        if here == everything or table is None:
-            return _Shares(here, {}, {}) if here == everything else None
-        owners = {expert: self._owners(table, Lot(layer, expert)) for expert in range(self.experts)}
-        for node in owners[0]:
+        if here >= chosen:
+            return _Shares(here, {}, {})
+        if table is None:
+            return None
+        owners = {expert: self._owners(table, Lot(layer, expert)) for expert in sorted(chosen)}
+        for node in next(iter(owners.values())):
             if all(node in nodes for nodes in owners.values()):
-                return _Shares(frozenset(), {node: everything}, table.addresses)
+                return _Shares(frozenset(), {node: chosen}, table.addresses)
         calls: dict[NodeId, frozenset[int]] = {}
-        for expert in sorted(everything - here):
+        for expert in sorted(chosen - here):
             if not owners[expert]:
                 return None
             node = owners[expert][0]
             calls[node] = calls.get(node, frozenset()) | {expert}
-        return _Shares(here, calls, table.addresses)
+        return _Shares(here & chosen, calls, table.addresses)
 
     def _owners(self, table: RouteTable, lot: Lot) -> list[NodeId]:
         """Owners that can be called; those that just failed only if there is no other."""
@@ -197,6 +227,30 @@ class Dispatcher:
             "is re-organising or a link is down. See coeld status, and ask again.",
             0,
         )
+
+
+def _rows_for(
+    ids: list[int], x: Rows, gates: Gates | None
+) -> tuple[Rows, Gates | None, Picked | None]:
+    """The rows that chose one of these experts, their gate weights, and which rows they are."""
+    if gates is None:
+        return x, None, None
+    weights = np.ascontiguousarray(gates[:, ids])
+    if len(x) == 1:
+        return x, weights, None
+    picked = np.flatnonzero(weights.any(axis=1))
+    if len(picked) == len(x):
+        return x, weights, None
+    return x[picked], weights[picked], picked
+
+
+def _spread(part: Rows, picked: Picked | None, rows: int) -> Rows:
+    """A partial sum of some rows as one of all rows."""
+    if picked is None:
+        return part
+    whole = np.zeros((rows, part.shape[1]), np.float32)
+    whole[picked] = part
+    return whole
 
 
 def not_covered(missing_bytes: int) -> NotCovered:

@@ -2,10 +2,10 @@
 
     offset  size  field
     0       4     magic "CoEL"
-    4       1     version (1)
+    4       1     version (2)
     5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4
     6       1     dtype of the rows: 0 none, 1 float32
-    7       1     zero
+    7       1     flags: 1 if gate weights are there
     8       4     call id: a RESULT or ERROR repeats that of its request
     12      2     layer
     14      2     experts: how many expert ids precede the rows
@@ -13,14 +13,15 @@
     20      4     hidden: values per row
     24      4     payload bytes after this header
 
-All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then the
-rows once; RESULT carries one row per row: the sum over those experts. HELLO and ERROR carry JSON.
-Rows travel as float32: exact mode.
+All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then, with
+the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries one row per
+row: the sum over those experts of gate weight (without the flag: 1) times output. HELLO and ERROR
+carry JSON. Rows travel as float32: exact mode.
 """
 
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
@@ -32,7 +33,7 @@ from coeld.errors import FrameError, PeerRefused
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
 MAGIC: Final = b"CoEL"
-VERSION: Final = 1
+VERSION: Final = 2
 HEADER: Final = struct.Struct("<4sBBBBIHHIII")
 ROWS_MAX: Final = 512
 """Twice a prompt chunk; what a peer can make the arena of activations grow by."""
@@ -62,11 +63,21 @@ class Header:
     rows: int
     hidden: int
     payload_bytes: int
+    gated: bool = False
+    """Gate weights precede the rows."""
+
+    @property
+    def ids_bytes(self) -> int:
+        return _padded(2 * self.experts)
+
+    @property
+    def gates_bytes(self) -> int:
+        return 4 * self.rows * self.experts if self.gated else 0
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
     """HEADER.size bytes to a Header. Raises FrameError if any field is out of its limits."""
-    magic, version, kind, dtype, zero, call_id, layer, experts, rows, hidden, size = HEADER.unpack(
+    magic, version, kind, dtype, flags, call_id, layer, experts, rows, hidden, size = HEADER.unpack(
         data
     )
     if magic != MAGIC:
@@ -74,17 +85,18 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     if version != VERSION:
         raise FrameError(f"the peer speaks version {version} of the data path, this one {VERSION}")
     try:
-        header = Header(Kind(kind), call_id, layer, experts, rows, hidden, size)
+        header = Header(Kind(kind), call_id, layer, experts, rows, hidden, size, flags == 1)
     except ValueError:
         raise FrameError(f"unknown kind of frame {kind}") from None
     if header.kind in (Kind.EXPERTS, Kind.RESULT):
-        expected = _padded(2 * experts) + 4 * rows * hidden
+        expected = header.ids_bytes + header.gates_bytes + 4 * rows * hidden
         fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype == 1
         counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
         fits = fits and counts and (experts > 0) == (header.kind is Kind.EXPERTS)
     else:
         expected, fits = size, size <= TEXT_BYTES_MAX and dtype == 0
-    if zero or not fits or size != expected or size > PAYLOAD_BYTES_MAX:
+    flagged = flags == 0 or (flags == 1 and header.kind is Kind.EXPERTS)
+    if not flagged or not fits or size != expected or size > PAYLOAD_BYTES_MAX:
         raise FrameError(
             f"frame out of limits: {header.kind.name} with {experts} experts, {rows} rows of "
             f"{hidden}, {size} bytes"
@@ -93,17 +105,26 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
 
 
 def pack_experts(
-    call_id: int, layer: int, experts: Collection[int], x: NDArray[np.float32]
+    call_id: int,
+    layer: int,
+    experts: Sequence[int],
+    x: NDArray[np.float32],
+    gates: NDArray[np.float32] | None = None,
 ) -> list[bytes | memoryview]:
-    """An EXPERTS frame in pieces for scatter/gather sending; x (n, H) is not copied."""
-    ids = np.asarray(sorted(experts), "<u2").tobytes()
+    """An EXPERTS frame in pieces for scatter/gather sending; x (n, H) is not copied.
+
+    `gates` (n, len(experts)), None: all 1.
+    """
+    ids = np.asarray(experts, "<u2").tobytes()
     ids = ids.ljust(_padded(len(ids)), b"\0")
+    weights = b"" if gates is None else gates.astype("<f4", copy=False).tobytes()
     rows, hidden = x.shape
-    size = len(ids) + x.nbytes
+    size = len(ids) + len(weights) + x.nbytes
+    flags, count = int(gates is not None), len(experts)
     head = HEADER.pack(
-        MAGIC, VERSION, Kind.EXPERTS, 1, 0, call_id, layer, len(experts), rows, hidden, size
+        MAGIC, VERSION, Kind.EXPERTS, 1, flags, call_id, layer, count, rows, hidden, size
     )
-    return [head + ids, np.ascontiguousarray(x).data.cast("B")]
+    return [head + ids + weights, np.ascontiguousarray(x).data.cast("B")]
 
 
 def pack_result(call_id: int, layer: int, y: NDArray[np.float32]) -> list[bytes | memoryview]:
@@ -123,13 +144,22 @@ def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | m
 
 def unpack_experts(
     header: Header, payload: memoryview
-) -> tuple[frozenset[int], NDArray[np.float32]]:
-    """Expert ids, and rows (n, H) as a view. Raises FrameError on repeated ids, NaN or Inf."""
-    ids = np.frombuffer(payload, "<u2", header.experts)
-    experts = frozenset(ids.tolist())
-    if len(experts) != header.experts:
+) -> tuple[tuple[int, ...], NDArray[np.float32], NDArray[np.float32] | None]:
+    """Expert ids (m,), rows (n, H) and gate weights (n, m), views of `payload`; None: all 1.
+
+    Raises FrameError on repeated ids, on NaN or Inf, and on negative gate weights.
+    """
+    experts = tuple(np.frombuffer(payload, "<u2", header.experts).tolist())
+    if len(set(experts)) != header.experts:
         raise FrameError("an expert is named twice")
-    return experts, _rows(header, payload[_padded(2 * header.experts) :])
+    gates = None
+    at = header.ids_bytes
+    if header.gated:
+        gates = np.frombuffer(payload, "<f4", header.rows * header.experts, at)
+        if not np.isfinite(gates).all() or gates.min() < 0:
+            raise FrameError("gate weights are negative, NaN or Inf")
+        gates = gates.reshape(header.rows, header.experts)
+    return experts, _rows(header, payload[at + header.gates_bytes :]), gates
 
 
 def unpack_result(header: Header, payload: memoryview) -> NDArray[np.float32]:

@@ -2,35 +2,42 @@
 
 A layer is attention followed by its experts. Where a layer's experts are compiled into this
 device's own graph the layer is *fused*; where some are elsewhere, or must be callable by peers,
-the graph is cut between attention and experts. Every graph call costs about 70 µs and every cut a
-round trip, so the plan has as few of both as the routes allow.
+the graph is cut between attention and experts. Every graph call costs some tens of microseconds
+and every cut a round trip, so spans are as long as the routes allow, up to the border of a chunk
+of SPAN_LAYERS_MAX layers: a graph is what is in memory twice while a plan changes under way.
 
 Why a lot that peers call is not fused: ONNX Runtime repacks weights per session, so the same
 expert in a graph of its own and inside a fused graph would be held twice.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
 
+SPAN_LAYERS_MAX: Final = 8
+"""Layers in one graph. Longer spans save a call (about 0.5 % of a token of moe1b); shorter ones
+bound the memory that changing the plan takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One graph: attention of layers first..stop-1 with the experts of all but the last of them.
+    """One graph: layers first..stop-1.
 
-    With `head`, the experts of the last layer, final norm and output projection belong to it too;
-    `first == stop` is then possible: the head alone.
+    `end` says what it ends with: "cut" after the attention of the last layer, whose experts follow
+    as a Cut; "experts" after the last layer's experts; "head" after final norm and output
+    projection. `first == stop` is the head alone.
     """
 
     first: int
     stop: int
-    head: bool
+    end: Literal["cut", "experts", "head"]
 
     def fused(self) -> range:
         """Layers whose experts are inside this graph."""
-        return range(self.first, self.stop if self.head else self.stop - 1)
+        return range(self.first, self.stop - 1 if self.end == "cut" else self.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +57,33 @@ def compile_plan(layers: int, fused: Collection[int]) -> tuple[Step, ...]:
     steps: list[Step] = []
     first = 0
     for layer in range(layers):
+        stop = layer + 1
         if layer not in fused:
-            steps += [Span(first, layer + 1, head=False), Cut(layer)]
-            first = layer + 1
-    return (*steps, Span(first, layers, head=True))
+            steps += [Span(first, stop, "cut"), Cut(layer)]
+            first = stop
+        elif stop % SPAN_LAYERS_MAX == 0 and stop < layers:
+            steps.append(Span(first, stop, "experts"))
+            first = stop
+    return (*steps, Span(first, layers, "head"))
+
+
+def chunks(layers: int) -> Iterator[range]:
+    """The layers between two borders: what changes its form at once."""
+    for first in range(0, layers, SPAN_LAYERS_MAX):
+        yield range(first, min(first + SPAN_LAYERS_MAX, layers))
 
 
 def fusible_layers(
-    layers: int, experts: int, held: Collection[Lot], table: RouteTable | None, me: NodeId
+    experts: int, held: Collection[Lot], table: RouteTable | None, me: NodeId
 ) -> frozenset[int]:
-    """All layers when this device holds everything and nobody else may call; otherwise none.
-
-    All or nothing, because one lot that comes or goes must not recompile its neighbours.
-    """
-    alone = table is None or all(node == me for node in table.addresses)
-    if alone and len(held) == layers * experts:
-        return frozenset(range(layers))
-    return frozenset()
+    """Layers that this device may compile into its own graphs: it holds them whole, and nobody
+    else is there to call them."""
+    if table is not None and any(node != me for node in table.addresses):
+        return frozenset()
+    counts: dict[int, int] = {}
+    for lot in held:
+        counts[lot.layer] = counts.get(lot.layer, 0) + 1
+    return frozenset(layer for layer, count in counts.items() if count == experts)
 
 
 def describe(steps: Sequence[Step]) -> str:

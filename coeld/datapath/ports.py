@@ -4,17 +4,20 @@ The engine implements the first two with ONNX Runtime, coeld.net.peers the third
 tests implement all of them with a few lines of numpy.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.datapath.plan import Span
+from coeld.datapath.plan import Span, Step
 from coeld.ids import NodeId
 
 Rows = NDArray[np.float32]
 """(n, H)"""
+
+Gates = NDArray[np.float32]
+"""(n, experts): the weight of each expert's output in each row's sum, 0 where it is not chosen."""
 
 
 class Cache(Protocol):
@@ -30,8 +33,10 @@ class Cache(Protocol):
 class SpanRunner(Protocol):
     """See coeld.engine.trunk.Trunk."""
 
+    steps: Sequence[Step]
+
     def begin(self, cache: Cache, tokens: Sequence[int], rows: Sequence[int]) -> None: ...
-    def run(self, span: Span) -> Rows: ...
+    def run(self, span: Span) -> tuple[Rows, Gates | None]: ...
     def add(self, y: Rows) -> None: ...
 
 
@@ -39,7 +44,7 @@ class ExpertRunner(Protocol):
     """See coeld.engine.experts.ExpertSet."""
 
     def here(self, layer: int) -> frozenset[int]: ...
-    def run(self, layer: int, experts: Collection[int], x: Rows) -> Rows: ...
+    def run(self, layer: int, experts: Sequence[int], x: Rows, gates: Gates | None) -> Rows: ...
 
 
 class Call(Protocol):
@@ -54,7 +59,14 @@ class PeerLink(Protocol):
     """See coeld.net.peers.PeerPool."""
 
     def call(
-        self, node: NodeId, address: tuple[str, int], layer: int, experts: Collection[int], x: Rows
+        self,
+        node: NodeId,
+        address: tuple[str, int],
+        layer: int,
+        experts: Sequence[int],
+        x: Rows,
+        gates: Gates | None,
     ) -> Call:
-        """Send rows to a peer without waiting for the answer. Raises PeerError."""
+        """Send rows to a peer without waiting for the answer; `gates` (n, len(experts)), None: all
+        1. Raises PeerError."""
         ...

@@ -8,9 +8,10 @@ import time
 from typing import Final
 
 import numpy as np
-from onnx import TensorProto, helper
 
-from coeld.engine.sessions import Weight, make_session
+from coeld.engine.graph import F32, Graph
+from coeld.engine.sessions import make_session
+from coeld.model.manifest import Form
 
 ROWS_OUT: Final = 32768
 WIDTH: Final = 1024
@@ -22,13 +23,11 @@ def kernel_mb_per_s() -> int:
     """Weight bytes per second in decode, in MB/s: the best of a few runs."""
     w = np.full((ROWS_OUT, WIDTH // BLOCK, BLOCK), 129, np.uint8)
     s = np.full((ROWS_OUT, WIDTH // BLOCK), 1e-3, np.float32)
-    node = helper.make_node(
-        "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
-        K=WIDTH, N=ROWS_OUT, bits=8, block_size=BLOCK, accuracy_level=4,
-    )  # fmt: skip
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, WIDTH])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, ROWS_OUT])
-    session = make_session([node], [x], [y], {"w": Weight((w,)), "s": Weight((s,))})
+    graph = Graph()
+    graph.take("x", F32, [1, WIDTH])
+    graph.rows_matmul("x", "y", "", [(w, s)], Form(8, BLOCK))
+    graph.give("y", F32, [1, ROWS_OUT])
+    session = make_session(graph).ort
     feeds, best_s = {"x": np.ones((1, WIDTH), np.float32)}, float("inf")
     for _ in range(REPEATS):
         started = time.perf_counter()

@@ -1,21 +1,22 @@
 """The experts this device holds in memory: loaded, dropped and run while tokens flow.
 
 All held experts of a layer share one session; when one comes or goes the layer's session is built
-anew beside the old one and swapped in, so a run never waits for a load. Threads: the loader
-changes the set, the decoder and the peers' connections run it.
+anew beside the old one and swapped in, so a run never waits for a load. Layers whose experts are
+compiled into the trunk's spans have no session of their own. Threads: the loader changes the set,
+the decoder and the peers' connections run it.
 """
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
+from coeld.engine.ahead import ahead
+from coeld.engine.feed_forward import session_order
 from coeld.engine.graphs import expert_graph
-from coeld.engine.sessions import make_session
+from coeld.engine.sessions import Session, make_session
 from coeld.errors import PeerRefused
 from coeld.ids import Lot
 from coeld.model.manifest import Manifest, tensor_bytes
@@ -24,10 +25,12 @@ from coeld.model.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """The experts of one layer that are here, in the order of the session's neurons."""
+    """The experts of one layer that are here, in the order of the session's gate columns."""
 
     experts: tuple[int, ...]
-    session: ort.InferenceSession
+    session: Session
+    in_order: bool
+    """Whether these are all experts of the layer, in their own order."""
 
 
 class ExpertSet:
@@ -38,7 +41,7 @@ class ExpertSet:
         self._store = store
         self._layers: dict[int, Resident] = {}
         self._held: frozenset[Lot] = frozenset()
-        self._fused = False
+        self._fused: frozenset[int] = frozenset()
         self._change = threading.Lock()
         """Held while the set changes; running takes no lock."""
 
@@ -61,8 +64,9 @@ class ExpertSet:
         """Read these lots from the store. Raises ModelError if a blob is missing or damaged."""
         with self._change:
             added = frozenset(lots) - self._held
-            if not self._fused:
-                for layer in sorted({lot.layer for lot in added}):
+            layers = sorted({lot.layer for lot in added})
+            for layer, _checked in zip(layers, self._checked(layers, added), strict=True):
+                if layer not in self._fused:
                     self._rebuild(layer, self._held | added)
             self._held |= added
 
@@ -72,51 +76,71 @@ class ExpertSet:
             kept = self._held - frozenset(lots)
             gone = self._held - kept
             self._held = kept
-            if not self._fused:
-                for layer in sorted({lot.layer for lot in gone}):
-                    self._rebuild(layer, kept)
+            for layer in sorted({lot.layer for lot in gone} - self._fused):
+                self._rebuild(layer, kept)
 
-    def fuse(self) -> None:
-        """Give up the layers' own sessions: the spans contain these experts now."""
+    def hold_fused(self, lots: Iterable[Lot]) -> None:
+        """Hold lots that the trunk's spans are about to contain: no sessions of their own."""
         with self._change:
-            self._fused = True
-            self._layers = {}
+            held = frozenset(lots)
+            layers = sorted({lot.layer for lot in held})
+            self._fused |= frozenset(layers)
+            for _checked in self._checked(layers, held - self._held):
+                pass
+            self._held |= held
 
-    def unfuse(self) -> None:
-        """Build the layers' own sessions again, for peers to call."""
+    def fuse(self, layers: Collection[int]) -> None:
+        """Give up the sessions of these layers: the spans contain their experts now."""
         with self._change:
-            self._fused = False
-            for layer in sorted({lot.layer for lot in self._held}):
+            self._fused |= frozenset(layers)
+            self._layers = {k: v for k, v in self._layers.items() if k not in self._fused}
+
+    def unfuse(self, layers: Collection[int]) -> None:
+        """Build the sessions of these layers again, for peers to call."""
+        with self._change:
+            for layer in sorted(self._fused & frozenset(layers)):
+                self._fused -= {layer}
                 self._rebuild(layer, self._held)
 
     def run(
-        self, layer: int, experts: Collection[int], x: NDArray[np.float32]
+        self,
+        layer: int,
+        experts: Sequence[int],
+        x: NDArray[np.float32],
+        gates: NDArray[np.float32] | None,
     ) -> NDArray[np.float32]:
-        """Sum of the outputs of `experts` on every row of x (n, H).
+        """Sum over `experts` of gate * expert(x) for every row of x (n, H).
 
-        Raises PeerRefused when one of them is not here (any more).
+        `gates` (n, len(experts)), None: all 1. Raises PeerRefused when one of them is not here
+        (any more).
         """
         resident = self._layers.get(layer)
-        wanted = frozenset(experts)
-        if resident is None or not wanted.issubset(resident.experts):
-            raise PeerRefused(f"layer {layer}: not all of the experts {sorted(wanted)} are here")
-        mask = _mask(resident.experts, wanted, self._manifest.shape.expert_width)
-        result: NDArray[np.float32] = resident.session.run(("y",), {"x": x, "mask": mask})[0]
+        if resident is None or not set(experts).issubset(resident.experts):
+            raise PeerRefused(f"layer {layer}: not all of the experts {list(experts)} are here")
+        if gates is None or not resident.in_order or len(experts) != len(resident.experts):
+            places = [resident.experts.index(expert) for expert in experts]
+            columns = np.zeros((len(x), len(resident.experts)), np.float32)
+            columns[:, places] = 1 if gates is None else gates
+            gates = columns
+        result: NDArray[np.float32] = resident.session.ort.run(("y",), {"x": x, "gates": gates})[0]
         return result
 
+    def _checked(self, layers: Sequence[int], lots: frozenset[Lot]) -> Iterator[None]:
+        """Verifies the blobs of one layer after the other, one layer ahead of who asks."""
+        experts = self._manifest.experts
+        refs = [
+            [experts[layer][lot.expert] for lot in sorted(lots) if lot.layer == layer]
+            for layer in layers
+        ]
+        yield from ahead(self._store.verify, refs)
+
     def _rebuild(self, layer: int, held: frozenset[Lot]) -> None:
-        experts = tuple(sorted(lot.expert for lot in held if lot.layer == layer))
+        ids = [lot.expert for lot in held if lot.layer == layer]
+        experts = session_order(self._manifest, layer, ids)
         layers = dict(self._layers)
         layers.pop(layer, None)
         if experts:
             graph = expert_graph(self._manifest, self._store, layer, experts)
-            session = make_session(graph.nodes, graph.inputs, graph.outputs, graph.weights)
-            layers[layer] = Resident(experts, session)
+            in_order = experts == tuple(range(self._manifest.shape.experts))
+            layers[layer] = Resident(experts, make_session(graph), in_order)
         self._layers = layers
-
-
-@lru_cache(maxsize=1024)
-def _mask(resident: tuple[int, ...], wanted: frozenset[int], width: int) -> NDArray[np.float32]:
-    """(1, len(resident) * width): 1 for the neurons of wanted experts."""
-    flags = np.array([[expert in wanted for expert in resident]], np.float32)
-    return np.repeat(flags, width, axis=1)

@@ -5,13 +5,12 @@ doubling, up to the context limit, because most answers are far shorter than the
 SmolLM2-135M needs 46 KB a token.
 """
 
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from coeld.datapath.plan import Span
 from coeld.model.manifest import Shape
 
 CAPACITY_MIN_TOKENS: Final = 256
@@ -31,8 +30,8 @@ class KVCache:
         self._arrays: list[NDArray[np.float32]] = []
         self.values: list[ort.OrtValue] = []
         """k of layer 0, v of layer 0, k of layer 1, …"""
-        self.bindings: dict[Span, Any] = {}
-        """Of the pass that used it last; they keep the buffers alive."""
+        self.bound: object | None = None
+        """The pass that used it last, with its bindings; for the trunk alone."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. At most the context limit (an assertion)."""
@@ -49,9 +48,9 @@ class KVCache:
         return sum(array.nbytes for array in self._arrays)
 
     def free(self) -> None:
-        """Give the memory back now, although the last pass still knows this object."""
+        """Give the memory back now."""
         self._arrays, self.values = [], []
-        self.bindings.clear()
+        self.bound = None
         self.capacity = 0
         self.generation += 1
 

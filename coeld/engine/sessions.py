@@ -1,9 +1,8 @@
-"""ONNX Runtime: one thread pool per process, sessions whose weights come from a packed file.
+"""ONNX Runtime: one thread pool per process, sessions over weights of the store.
 
-Weights reach ONNX Runtime as external data in a file in memory (tmpfs): it maps the file, repacks
-each weight into its kernel's layout and drops the mapping, so a graph peaks at about twice its
-weights while loading and settles at 1.1-1.2 times. The file's name is removed as soon as the
-session exists.
+Mapped weights are handed over where they lie. What has to be joined by a copy reaches ONNX Runtime
+as external data in a file in memory (tmpfs), which it maps, repacks and lets go; the file's name
+is removed as soon as the session exists.
 """
 
 import ctypes
@@ -11,15 +10,15 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import GraphProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx import NodeProto as Node
+from onnx import TensorProto, helper, numpy_helper
+
+from coeld.engine.graph import Graph
+from coeld.engine.weights import Array, Mapped, Stored, Weight, giving_back
 
 INLINE_BYTES_MAX: Final = 1024
 """Smaller initialisers travel inside the graph: external data must be worth a mapping."""
@@ -35,17 +34,12 @@ OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft
 IR_VERSION: Final = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """An initialiser made of `parts` joined along `axis`, joined only while it is being written."""
+class Session:
+    """A compiled graph, and the mapped weights that its kernels may still read."""
 
-    parts: tuple[NDArray[Any], ...]
-    axis: int = 0
-
-    def array(self) -> NDArray[Any]:
-        if len(self.parts) == 1:
-            return np.ascontiguousarray(self.parts[0])
-        return np.concatenate(self.parts, axis=self.axis)
+    def __init__(self, ort_session: ort.InferenceSession, weights: list[Mapped | Array]) -> None:
+        self.ort = ort_session
+        self._weights = weights
 
 
 def use_threads(count: int) -> None:
@@ -70,26 +64,35 @@ def sweep_stale_files() -> None:
             path.unlink(missing_ok=True)
 
 
-def make_session(
-    nodes: list[Node],
-    inputs: list[ValueInfoProto],
-    outputs: list[ValueInfoProto],
-    weights: Mapping[str, Weight],
-) -> ort.InferenceSession:
-    """Compile a graph over `weights`, by initialiser name."""
+def make_session(graph: Graph) -> Session:
+    """Compile a graph. Raises OSError when its weights cannot be mapped."""
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
-    with _packed(weights) as (folder, initialisers):
+    mapped: dict[str, Mapped] = {}
+    copied: dict[str, Weight] = {}
+    for name, weight in graph.weights.items():
+        whole = weight.mapped if isinstance(weight, Stored) else None
+        if whole is not None and whole.bytes > INLINE_BYTES_MAX:
+            mapped[name] = whole
+        else:
+            copied[name] = weight
+    with _packed(copied) as (folder, initialisers):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
-        graph: GraphProto = helper.make_graph(nodes, "coeld", inputs, outputs, initialisers)
-        model = helper.make_model(graph, opset_imports=OPSETS, ir_version=IR_VERSION)
-        return ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        arrays = {name: whole.array for name, whole in mapped.items()}
+        initialisers += [_external(name, array, "mapped", 0) for name, array in arrays.items()]
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
+        options.add_external_initializers(list(arrays), values)
+        proto = helper.make_graph(graph.nodes, "coeld", graph.inputs, graph.outputs, initialisers)
+        model = helper.make_model(proto, opset_imports=OPSETS, ir_version=IR_VERSION)
+        with giving_back(list(mapped.values())):
+            session = ort.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+    return Session(session, list(mapped.values()))
 
 
 def give_memory_back() -> None:
@@ -109,7 +112,7 @@ def _packed(weights: Mapping[str, Weight]) -> Iterator[tuple[Path, list[TensorPr
         tensors = []
         with open(handle, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
             for tensor, weight in weights.items():
-                array = weight.array()
+                array = weight.copy()
                 if array.nbytes <= INLINE_BYTES_MAX:
                     tensors.append(numpy_helper.from_array(array, tensor))
                     continue

@@ -5,7 +5,8 @@ The template comes from the model's author and is code, so it runs in Jinja2's s
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Final
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -16,6 +17,9 @@ from coeld.errors import BadModelFile, BadRequest
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
+NO_TOKENIZER: Final = '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'
+"""Stands in for a model whose source had none."""
+
 
 class Text:
     """The tokenizer and chat template of one model."""
@@ -23,16 +27,19 @@ class Text:
     def __init__(self, manifest: Manifest, store: Store) -> None:
         """Raises BadModelFile when the tokenizer or the template cannot be read."""
         self._manifest = manifest
+        ref = manifest.tokenizer
         try:
-            self._tokenizer = Tokenizer.from_str(
-                store.blob_path(manifest.tokenizer).read_text("utf-8")
-            )
+            source = store.blob_path(ref).read_text("utf-8") if ref else NO_TOKENIZER
+            self._tokenizer = Tokenizer.from_str(source)
             template = manifest.chat_template
-            source = store.blob_path(template).read_text("utf-8") if template else None
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+            written = store.blob_path(template).read_text("utf-8") if template else None
+            environment = ImmutableSandboxedEnvironment(
+                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            )
+            environment.globals["strftime_now"] = _strftime_now
             environment.globals["raise_exception"] = _raise
             environment.filters["tojson"] = json.dumps
-            self._template = environment.from_string(source) if source else None
+            self._template = environment.from_string(written) if written else None
         except (OSError, ValueError, TemplateError) as exc:
             raise BadModelFile(
                 f"tokenizer or chat template of {manifest.name} cannot be read ({exc}). "
@@ -40,7 +47,16 @@ class Text:
             ) from exc
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the beginning-of-text token if the model wants one."""
+        """Token ids of a plain prompt, with the beginning-of-text token if the model wants one.
+
+        Raises BadRequest when the model has no tokenizer.
+        """
+        if self._manifest.tokenizer is None:
+            raise BadRequest(
+                f"{self._manifest.name} came without a tokenizer: it can only be measured, with "
+                "coeld bench.",
+                "prompt",
+            )
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         bos = self._manifest.bos_token
         return [bos, *ids] if self._manifest.add_bos and bos is not None else ids
@@ -106,6 +122,10 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
                 longest = size
                 break
     return longest
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now(tz=UTC).astimezone().strftime(pattern)
 
 
 def _raise(message: Any) -> None:

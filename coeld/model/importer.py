@@ -241,7 +241,9 @@ class _Import:
         self._advance(part, *(s for several in plan.layers[layer].trunk.values() for s in several))
         for index, sources in enumerate(plan.layers[layer].experts):
             expert = plan.expert(layer, index)
-            yield expert if calibration is None else calibration.expert(index, expert)
+            if calibration is not None:
+                expert = calibration.expert(index, expert)  # and let go of what was read
+            yield expert
             self._advance(part, *sources.values())
 
     def _head_form(self) -> Form:

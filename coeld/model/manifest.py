@@ -202,9 +202,14 @@ class Manifest:
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
 
+    def trunk_blobs(self) -> list[BlobRef]:
+        """The blobs that hold the trunk, each once."""
+        refs = (self.embedding, self.head, *self.trunk)
+        return list({ref.sha256: ref for ref in refs}.values())
+
     def blobs(self) -> list[BlobRef]:
         """Every blob once."""
-        refs = [self.embedding, self.head, *self.trunk]
+        refs = self.trunk_blobs()
         refs += [ref for layer in self.experts for ref in layer]
         refs += [ref for ref in (self.tokenizer, self.chat_template) if ref is not None]
         return list({ref.sha256: ref for ref in refs}.values())
@@ -212,8 +217,7 @@ class Manifest:
     @property
     def trunk_bytes(self) -> int:
         """Weight bytes of all but the routed experts; a tied embedding counts once."""
-        refs = {ref.sha256: ref for ref in (self.embedding, self.head, *self.trunk)}
-        return sum(tensor_bytes(ref) for ref in refs.values())
+        return sum(tensor_bytes(ref) for ref in self.trunk_blobs())
 
     @property
     def weights_bytes(self) -> int:

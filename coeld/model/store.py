@@ -5,10 +5,10 @@
     partial/             downloads, journals, files being written; may be deleted at any time
     lock                 held (flock) by whoever changes the store
 
-Every file appears under its final name by one rename of a complete, flushed temporary file, so a
-crash or a power cut leaves at most rubbish in `partial/`, which the next change of the store
-clears away. Reading needs no lock. The agent uses this module too, so numpy is imported only by
-the one function that needs it.
+Every file appears under its final name by one rename of a complete, flushed temporary file, and the
+blobs' folder is flushed before a manifest is written, so a crash or a power cut leaves at most
+rubbish in `partial/`, which the next change of the store clears away. Reading needs no lock. The
+agent uses this module too, so numpy is imported only by the one function that needs it.
 """
 
 import errno
@@ -137,15 +137,18 @@ class Store:
         except FileNotFoundError:
             return False
 
-    def verify(self, manifest: Manifest) -> None:
-        """Read every blob of a model. Raises BadChecksum when one is missing or altered."""
-        for ref in manifest.blobs():
+    def verify(self, refs: Iterable[BlobRef]) -> None:
+        """Read blobs and compare their sha256. Raises BadChecksum when one is missing or altered.
+
+        Memory cards rot, and nothing that is not what was imported may compute an answer.
+        """
+        for ref in refs:
             path = self.blob_path(ref)
             if not self.has(ref) or file_sha256(path) != ref.sha256:
                 state = "is damaged" if path.exists() else "is missing"
                 raise BadChecksum(
-                    f"blob {path} of model {manifest.name} {state}. Remove the model and add it "
-                    f"again: coeld model rm {manifest.name}, coeld model add {manifest.name}"
+                    f"blob {path} {state}. Remove the model it belongs to and add it again: "
+                    "coeld model rm, coeld model add."
                 )
 
     def tensors(self, ref: BlobRef) -> "dict[str, np.ndarray]":
@@ -230,7 +233,9 @@ class Store:
         missing = [ref.sha256 for ref in manifest.blobs() if not self.has(ref)]
         assert not missing, f"blobs {missing} were not stored"
         path = self._models / f"{check_name(manifest.name)}.json"
+        _flush_directory(self._blobs)
         self._write(path, [manifest.to_json().encode()], 0o644)
+        _flush_directory(self._models)
 
     def remove(self, name: str) -> None:
         """Remove a model, and the blobs that no other model uses. Raises UnknownModel.
@@ -270,7 +275,6 @@ class Store:
                     os.fchmod(file.fileno(), mode)
                     os.fsync(file.fileno())
                 Path(temporary).replace(path)
-                _flush_directory(path.parent)
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
                 raise

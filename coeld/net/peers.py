@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,7 +34,8 @@ FRAME_TIMEOUT_S: Final = 5.0
 RTT_SAMPLES: Final = 256
 
 Rows = NDArray[np.float32]
-RunExperts = Callable[[int, frozenset[int], Rows], Rows]
+RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
+"""(layer, experts, x, gates) -> y"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +192,9 @@ class PeerServer:
     def _answer(self, header: Header, payload: memoryview) -> list[bytes | memoryview]:
         if header.kind is not Kind.EXPERTS or header.hidden != self._hidden or self._run is None:
             raise FrameError(f"unexpected {header.kind.name} with rows of {header.hidden}")
-        experts, x = frames.unpack_experts(header, payload)
+        experts, x, gates = frames.unpack_experts(header, payload)
         try:
-            y = self._run(header.layer, experts, x)
+            y = self._run(header.layer, experts, x, gates)
         except PeerRefused as exc:
             return frames.pack_text(Kind.ERROR, header.call_id, {"message": str(exc)})
         return frames.pack_result(header.call_id, header.layer, y)
@@ -258,14 +259,20 @@ class PeerPool:
         self._next_id = 0
 
     def call(
-        self, node: NodeId, address: tuple[str, int], layer: int, experts: Collection[int], x: Rows
+        self,
+        node: NodeId,
+        address: tuple[str, int],
+        layer: int,
+        experts: Sequence[int],
+        x: Rows,
+        gates: Rows | None,
     ) -> PeerCall:
         """Send rows (n, H) to a peer. Raises PeerError."""
         try:
             connection = self._connection(node, address)
             self._next_id = (self._next_id + 1) % (1 << 32)
             connection.sock.settimeout(self._call_deadline_s)
-            connection.send(frames.pack_experts(self._next_id, layer, experts, x))
+            connection.send(frames.pack_experts(self._next_id, layer, experts, x, gates))
         except PeerError:
             self.forget(node)
             raise

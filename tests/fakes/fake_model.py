@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from coeld.model.manifest import BlobRef, Manifest, Shape, TensorRef
+from coeld.model.manifest import BlobRef, Manifest, Rope, Shape, TensorRef
 from coeld.model.store import Store
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, VOCAB, BLOCK = 4, 6, 64, 32, 96, 32
@@ -12,13 +12,16 @@ def install(root: Path, name: str = "tiny", salt: int = 0) -> Manifest:
     """Put the model into the store at `root`."""
     store = Store(root)
 
-    def blob(*weights: tuple[str, int, int], norms: tuple[str, ...] = ()) -> BlobRef:
+    def blob(
+        *weights: tuple[str, int, int], norms: tuple[str, ...] = (), expert: bool = False
+    ) -> BlobRef:
         tensors = {norm: TensorRef("float32", (HIDDEN,), 0) for norm in norms}
         offset = 4 * HIDDEN
         for weight, n, k in weights:
+            scales = (n, k // BLOCK)
             for suffix, dtype, shape in (
-                ("w", "uint8", (n, k // BLOCK, BLOCK)),
-                ("s", "float32", (n, k // BLOCK)),
+                ("w", "uint8", (1, n, k) if expert else (*scales, BLOCK)),
+                ("s", "float32", (1, *scales) if expert else scales),
             ):
                 tensor = TensorRef(dtype, shape, offset)
                 tensors[f"{weight}.{suffix}"] = tensor
@@ -28,9 +31,9 @@ def install(root: Path, name: str = "tiny", salt: int = 0) -> Manifest:
     with store.lock():
         head = blob(("head", VOCAB, HIDDEN), norms=("norm",))
         text = BlobRef(store.put(b"{}"), 2, {})
-        expert = blob(("gate", WIDTH, HIDDEN), ("up", WIDTH, HIDDEN), ("down", HIDDEN, WIDTH))
+        expert = blob(("fc1", 2 * WIDTH, HIDDEN), ("fc2", HIDDEN, WIDTH), expert=True)
         norms = ("attention_norm", "ffn_norm")
-        attention = blob(("qkv", 128, HIDDEN), ("o", HIDDEN, 64), norms=norms)
+        trunk = blob(("qkv", 128, HIDDEN), ("o", HIDDEN, 64), norms=norms)
         manifest = Manifest(
             name=name,
             source="made by a test",
@@ -47,14 +50,14 @@ def install(root: Path, name: str = "tiny", salt: int = 0) -> Manifest:
                 expert_width=WIDTH,
                 vocab=VOCAB,
                 context_max=512,
-                rope_base=10000.0,
                 norm_epsilon=1e-5,
-                block=BLOCK,
+                rope=Rope(tuple(10000.0 ** (-i / 16) for i in range(16))),
+                attention_scale=32**-0.5,
             ),
             tied=True,
             embedding=head,
             head=head,
-            attention=(attention,) * LAYERS,
+            trunk=(trunk,) * LAYERS,
             experts=((expert,) * EXPERTS,) * LAYERS,
             tokenizer=text,
             chat_template=None,

@@ -52,6 +52,8 @@ def read_rope(settings: Settings, head_dim: int, theta: float, truncate: bool = 
     """
     parameters = _gguf(settings, theta) if settings.gguf else _huggingface(settings, theta)
     base = _number(settings, parameters, "rope_theta")
+    if base <= 1:
+        settings.bad("rope_theta", "rope.freq_base", base)
     plain = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     scale = 1.0
     match parameters["rope_type"]:

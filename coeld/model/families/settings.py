@@ -129,7 +129,9 @@ class Settings:
         size = self.count("sliding_window", "attention.sliding_window")
         if types is None:
             sliding: Sequence[bool] = [slides(layer) for layer in range(layers)]
-        elif isinstance(types, list) and set(types) <= {"sliding_attention", "full_attention"}:
+        elif isinstance(types, list) and all(
+            kind in ("sliding_attention", "full_attention") for kind in types
+        ):
             sliding = [kind == "sliding_attention" for kind in types]
         else:
             self.refuse("layer_types", types)

@@ -1,5 +1,6 @@
 """Every family: the tiny checkpoints give the logits of transformers, and bad ones are refused."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,28 @@ def test_each_count_that_contradicts_the_tensors_is_refused(name: str, spelling:
 def changed(checkpoint: MemoryCheckpoint, key: str, value: Any) -> MemoryCheckpoint:
     config = {**checkpoint.config, key: value}
     return MemoryCheckpoint(checkpoint.kind, config, checkpoint.tensors)
+
+
+WEIRD: list[Any] = [None, [], {}, [{}], {"rope_type": []}, "x", "", -1, 0, 1, 1 << 70, True]
+WEIRD += [float("nan"), float("inf"), -0.5, [1, 2], ["sliding_attention"] * 3, {"factor": {}}]
+
+
+@pytest.mark.parametrize("spelling", BOTH)
+@pytest.mark.parametrize("name", NAMES)
+def test_weird_values_give_a_model_error_or_another_model_but_nothing_else(
+    name: str, spelling: Any
+) -> None:
+    rng = random.Random(name)
+    refused = 0
+    for _ in range(60):
+        checkpoint = spelling(name)
+        for key in rng.sample(sorted(checkpoint.config), rng.choice([1, 1, 3])):
+            checkpoint.config[key] = rng.choice(WEIRD)
+        try:
+            blueprint(checkpoint)
+        except ModelError:
+            refused += 1
+    assert refused > 30
 
 
 @pytest.mark.parametrize(
