@@ -142,7 +142,9 @@ def test_any_ownership_and_any_faults_give_the_whole_sum(seed: int) -> None:
     assert np.allclose(total, summed(0, range(EXPERTS), X, gates)), f"seed={seed}"
 
 
-def test_only_rows_that_chose_its_experts_travel_to_an_owner_and_only_chosen_ones_are_asked() -> None:
+def test_only_rows_that_chose_its_experts_travel_to_an_owner_and_only_chosen_ones_are_asked() -> (
+    None
+):
     gates = np.zeros((3, EXPERTS), np.float32)
     gates[0, [0, 6]], gates[1, [1, 7]], gates[2, [6, 7]] = 0.5, 0.25, 0.125
     owners = {NODES[0]: {0, 1, 2}, NODES[1]: {3, 4, 5}}

@@ -145,7 +145,9 @@ def test_an_oversized_frame_is_refused_before_it_is_read(server) -> None:
     with greeted(server) as sock:
         size = frames.PAYLOAD_BYTES_MAX + 4
         rows = (size - 4) // 4
-        sock.sendall(HEADER.pack(b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size))
+        sock.sendall(
+            HEADER.pack(b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size)
+        )
         kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
         assert kind is Kind.ERROR
 
