@@ -9,7 +9,8 @@
     │   ├── UnsupportedModel  a well-formed file with an architecture or type coeld cannot run
     │   ├── BadChecksum     the bytes are not the ones that were asked for
     │   ├── FetchFailed     the download did not work
-    │   └── DiskFull        no room to import
+    │   ├── DiskFull        no room to import
+    │   └── BudgetTooSmall  no choice of widths fits; says the smallest that does
     ├── RequestError        the caller's mistake (HTTP 4xx)
     │   ├── BadRequest
     │   └── ContextTooLong
@@ -68,6 +69,18 @@ class FetchFailed(ModelError):
 
 class DiskFull(ModelError):
     """No room left while importing."""
+
+
+class BudgetTooSmall(ModelError):
+    """Even the narrowest weights are too many for the budget."""
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int) -> None:
+        super().__init__(
+            f"a budget of {budget_bytes / 1e6:.2f} MB is too small: with every expert at its "
+            f"fewest bits the model has {smallest_bytes / 1e6:.2f} MB of weights. Give at least "
+            f"{-(-smallest_bytes // 1000)}kB, or narrow the rest with --trunk-bits 4."
+        )
+        self.smallest_bytes = smallest_bytes
 
 
 class RequestError(CoeldError):

@@ -2,7 +2,7 @@
 
 It serves two ends. Smoothing: the pass notes the loudest value of every channel that enters a
 matrix, and hands back the same layer with smoothed channels. Statistics: it knows which rows each
-expert is given and with which weight, from which the width of each expert can follow.
+expert is given and with which weight, from which its width follows (`importance`).
 
 Experts are handed in one by one, and only the rows that chose an expert run through it. Smoothing
 is folded where that is exact: into norms, and into the rows of v and up that produce what o and
@@ -14,6 +14,7 @@ and the noise of float32 sums would now and then choose another expert or anothe
 The text is in this folder and the same everywhere.
 """
 
+from copy import copy
 from importlib.resources import files
 from typing import Final
 
@@ -82,6 +83,17 @@ class Calibration:
         smooth["o"] = weights["o"] * into_o
         self._before_experts(weights, smooth)
         return smooth
+
+    @property
+    def states(self) -> Doubles:
+        """The residual: (tokens, H)."""
+        return self._x
+
+    def fork(self, error: Doubles) -> "Calibration":
+        """The first tokens' states, with an error (n, H) added to them, on their own way."""
+        other = copy(self)
+        other._x = self._x[: len(error)] + error
+        return other
 
     def _before_experts(self, weights: Weights, smooth: Weights) -> None:
         """Router and shared expert: what else reads the normed rows."""
@@ -167,6 +179,20 @@ class Calibration:
         cos, sin = np.cos(angles) * rope.scale, np.sin(angles) * rope.scale
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def neurons(expert: Weights, index: int, count: int) -> Weights:
+    """Slice `index` of `count`: its neurons' rows of gate and up, columns of down.
+
+    down's bias, which is no neuron's, goes with the first slice.
+    """
+    width = expert["gate"].shape[0] // count
+    own = slice(index * width, (index + 1) * width)
+    found = {name: value[own] for name, value in expert.items() if not name.startswith("down")}
+    found["down"] = expert["down"][:, own]
+    if "down.b" in expert and index == 0:
+        found["down.b"] = expert["down.b"]
+    return found
 
 
 def times(x: Doubles, weight: Floats) -> Doubles:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from coeld.compression.quantize import quantize
 from coeld.errors import ModelError
 from coeld.model import onnx_blobs
-from coeld.model.calibration import Calibration, calibration_tokens
+from coeld.model.calibration import Calibration, calibration_tokens, neurons
 from coeld.model.checkpoint import Checkpoint
 from coeld.model.families import blueprint
 from coeld.model.families.blueprint import Blueprint, Source
@@ -40,6 +40,7 @@ from coeld.model.manifest import (
     trunk_matrices,
 )
 from coeld.model.onnx_blobs import FLOAT_BITS, Blob
+from coeld.model.statistics import Statistics
 from coeld.model.store import Store, check_name, disk_errors
 
 Progress = Callable[[int, int, str], None]
@@ -72,6 +73,8 @@ class Precision:
     """Of experts; or of each, by (layer, expert)."""
     trunk_bits: int = 8
     """Of attention and shared experts. Embedding and head have 8 bits at least."""
+    statistics: Statistics | None = None
+    """From which `bits` follow; kept in the manifest."""
 
     def table(self, shape: Shape) -> tuple[tuple[int, ...], ...]:
         """Per layer, the bits of each expert. Raises ModelError."""
@@ -141,6 +144,7 @@ class _Import:
         self._shape = self._blueprint.shape
         self._vocabulary = checkpoint.vocabulary(self._shape.vocab)
         self._bits, self._trunk_bits = precision.table(self._shape), precision.trunk_bits
+        self._statistics = precision.statistics
         self._calibration = self._calibrate()
         self._done = 0
         self._total = sum(sum(map(_count, self._sources(part))) for part in self._parts())
@@ -315,6 +319,7 @@ class _Import:
             bos_token=vocabulary.bos_token if vocabulary else None,
             eos_tokens=vocabulary.eos_tokens if vocabulary else (),
             add_bos=vocabulary.add_bos if vocabulary else False,
+            statistics=self._statistics,
         )
 
 
@@ -332,20 +337,6 @@ def trunk_weights(layer: dict[str, Floats], shape: Shape, form: Form) -> Weights
         else:
             weights[name] = value
     return weights
-
-
-def neurons(expert: dict[str, Floats], index: int, count: int) -> dict[str, Floats]:
-    """Slice `index` of `count`: its neurons' rows of gate and up, columns of down.
-
-    down's bias, which is no neuron's, goes with the first slice.
-    """
-    width = expert["gate"].shape[0] // count
-    own = slice(index * width, (index + 1) * width)
-    found = {name: value[own] for name, value in expert.items() if not name.startswith("down")}
-    found["down"] = expert["down"][:, own]
-    if "down.b" in expert and index == 0:
-        found["down.b"] = expert["down.b"]
-    return found
 
 
 def expert_weights(expert: dict[str, Floats], form: Form) -> Weights:

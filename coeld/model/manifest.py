@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 
 from coeld.errors import BadModelFile
 from coeld.ids import ModelHash
+from coeld.model.statistics import Statistics, parse_statistics
 from coeld.view import ModelDemand
 
 FORMAT: Final = 2
@@ -187,15 +188,17 @@ class Manifest:
     eos_tokens: tuple[int, ...]
     """Any of these ends an answer."""
     add_bos: bool
+    statistics: Statistics | None = None
+    """From which the experts' widths were chosen; None: they were given."""
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, indent=1)
 
     @property
     def hash(self) -> ModelHash:
-        """Same content, same hash, whatever people call it and wherever it came from."""
+        """Same content, same hash, whatever people call it and whatever led to it."""
         value = asdict(self)
-        del value["name"], value["source"], value["licence"]
+        del value["name"], value["source"], value["licence"], value["statistics"]
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
 
@@ -281,6 +284,7 @@ def parse_manifest(text: str) -> Manifest:
                 "tokenizer": _optional_blob(value["tokenizer"]),
                 "chat_template": _optional_blob(value["chat_template"]),
                 "eos_tokens": tuple(map(int, value["eos_tokens"])),
+                "statistics": _statistics(value.get("statistics"), value["shape"]),
             }
         )
         _check(manifest)
@@ -304,6 +308,10 @@ def _shape(value: dict[str, Any]) -> Shape:
             "windows": tuple(value["windows"]),
         }
     )
+
+
+def _statistics(value: dict[str, Any] | None, shape: dict[str, Any]) -> Statistics | None:
+    return parse_statistics(value, shape["layers"], shape["experts"]) if value else None
 
 
 def _optional_blob(value: dict[str, Any] | None) -> BlobRef | None:

@@ -14,9 +14,10 @@ from coeld.errors import ModelError
 from coeld.model.catalogue import catalogue, find
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store, default_store
+from coeld.ui import precision_command
 
 if TYPE_CHECKING:
-    from coeld.model.importer import Precision, Progress
+    from coeld.model.importer import Progress
 
 INTERRUPTED: Final = 130
 """Exit status after Ctrl-C, as shells use it."""
@@ -36,13 +37,14 @@ def add_parser(subparsers: Any) -> None:
         metavar="NAME|SOURCE",
         help="a known model, a GGUF file, a Hugging Face folder, or hf:ORG/NAME[@REVISION]",
     )
-    add.add_argument("--name", help="what to call the model of a file (default: after the file)")
+    add.add_argument("--name", help="what to call it (default: after the file, or as it is known)")
     add.add_argument(
         "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
     )
     add.add_argument(
         "--trunk-bits", type=int, default=8, help="per weight of attention: 8, 4, or 32"
     )
+    precision_command.add_arguments(add)
     add.set_defaults(run=_add)
     listing = commands.add_parser("list", parents=[store], help="show installed and known models")
     listing.add_argument("--json", action="store_true", help="for programs")
@@ -63,8 +65,6 @@ def _add(args: argparse.Namespace) -> int:
         with _progress() as progress:
             if _is_source(args.model):
                 manifest = _add_source(store, args, progress)
-            elif args.name:
-                raise ModelError("--name is for files; known models keep their name.")
             else:
                 manifest = _add_known(store, args, progress)
     except KeyboardInterrupt:
@@ -86,18 +86,22 @@ def _name_after(source: str) -> str:
 
 
 def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
-    from coeld.model.importer import import_checkpoint  # half a second: numpy, onnx, tokenizers
+    # Half a second: numpy, onnx, tokenizers.
+    from coeld.model.importer import import_checkpoint, require_new
     from coeld.model.open_checkpoint import open_checkpoint
 
     name = args.name or _name_after(args.model)
+    require_new(store, name)
     with open_checkpoint(args.model, progress) as checkpoint:
-        return import_checkpoint(store, checkpoint, name, progress, precision=_precision(args))
+        precision = precision_command.choose(args, checkpoint, name, progress)
+        return import_checkpoint(store, checkpoint, name, progress, precision=precision)
 
 
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
-    if entry.name in store.names():
-        return store.manifest(entry.name)
+    name = args.name or entry.name
+    if name in store.names():
+        return store.manifest(name)
     from coeld.model.fetch import fetched
     from coeld.model.importer import Origin, import_checkpoint
     from coeld.model.open_checkpoint import open_checkpoint
@@ -108,15 +112,10 @@ def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> 
         fetched(store, entry, progress) as path,
         open_checkpoint(path) as checkpoint,
     ):
+        precision = precision_command.choose(args, checkpoint, name, progress)
         return import_checkpoint(
-            store, checkpoint, entry.name, progress, origin=origin, precision=_precision(args)
+            store, checkpoint, name, progress, origin=origin, precision=precision
         )
-
-
-def _precision(args: argparse.Namespace) -> "Precision":
-    from coeld.model.importer import Precision
-
-    return Precision(args.bits, args.trunk_bits)
 
 
 def _report(store: Store, manifest: Manifest, seconds: float) -> None:
@@ -231,7 +230,7 @@ def _progress() -> Iterator["Progress"]:
 
 
 def _stage(what: str) -> str:
-    return what if what in ("downloading", "unpacking") else "importing"
+    return what if what in ("downloading", "unpacking", "measuring") else "importing"
 
 
 class _Lines:
