@@ -20,7 +20,10 @@ from coeld.model.hf_folder import CARD, CONFIG, INDEX, TEXTS, WHOLE, HfFolder, r
 from coeld.model.store import disk_errors
 
 PREFIX: Final = "hf:"
-NAME: Final = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,200}))?")
+NAME: Final = re.compile(
+    r"(?!.*\.\.)(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?:@(\w[\w./-]{0,199}))?", re.ASCII
+)
+"""Without "..": names and revisions become paths in the cache."""
 SMALL: Final = [CONFIG, INDEX, CARD, *TEXTS]
 WEIGHTS: Final = [WHOLE, "model-*-of-*.safetensors"]
 WORKERS: Final = 2
@@ -51,12 +54,12 @@ def open_hub(source: str, progress: Progress) -> HfFolder:
 
 def _fetch(name: str, revision: str, patterns: list[str], progress: Progress) -> Path:
     """The snapshot's folder, called after the commit."""
-    import huggingface_hub  # half a second, and only here
+    from huggingface_hub import constants, snapshot_download  # half a second, and only here
 
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    cache = Path(constants.HF_HUB_CACHE)
     with _hub_errors(name, revision), disk_errors(cache):
         return Path(
-            huggingface_hub.snapshot_download(
+            snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=patterns,
