@@ -80,10 +80,13 @@ def main() -> int:
 
 def resaved(model: transformers.PreTrainedModel, folder: Path, target: Path) -> None:
     """What transformers writes is read as what was written. SystemExit when it is not."""
+    from coeld.model.families import blueprint
     from coeld.model.hf_folder import HfFolder
 
     model.save_pretrained(target, max_shard_size="400KB")
     with HfFolder(folder) as ours, HfFolder(target) as theirs:
+        if blueprint(ours).shape != blueprint(theirs).shape:
+            sys.exit(f"{folder.name}: another shape after saving")
         if set(ours.names()) != set(theirs.names()):
             sys.exit(f"{folder.name}: other names after saving")
         for name in ours.names():

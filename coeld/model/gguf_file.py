@@ -9,9 +9,10 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 an
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,10 @@ from coeld.errors import BadModelFile, UnsupportedModel
 from coeld.model.checkpoint import Kind, Vocabulary, expect
 
 Type = gguf.GGMLQuantizationType
-SUPPORTED_TYPES: Final = (Type.F32, Type.F16, Type.Q8_0, Type.Q4_1)
+SUPPORTED_TYPES: Final = (
+    *(Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1),
+    *(Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.MXFP4),
+)
 VERSIONS: Final = (2, 3)
 KEYS_MAX: Final = 10_000
 TENSORS_MAX: Final = 100_000
@@ -33,6 +37,10 @@ DIMENSIONS_MAX: Final = 4
 NAME_BYTES_MAX: Final = 1024
 ALIGNMENT_MAX: Final = 1 << 20
 ARRAY_MAX: Final = 4_000_000
+COPY_BYTES: Final = 1 << 20
+PARTS_MAX: Final = 1000
+PART_NAME: Final = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})\.gguf")
+"""How llama.cpp names the parts of a split file."""
 
 SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
     10: "Q",
@@ -53,6 +61,8 @@ class GgufTensor:
     type: gguf.GGMLQuantizationType
     offset: int
     bytes: int
+    part: int = 0
+    """Which file of several."""
 
 
 class GgufFile:
@@ -61,17 +71,66 @@ class GgufFile:
     kind: Kind = "gguf"
 
     def __init__(self, path: Path) -> None:
-        """Raises BadModelFile or UnsupportedModel; OSError when the file cannot be opened."""
+        """`path`: of a file, or of any of its parts.
+
+        Raises BadModelFile or UnsupportedModel; OSError when the file cannot be opened.
+        """
         self.path = path
-        self.bytes = path.stat().st_size
-        self._file = path.open("rb")
+        self._parts = [path]
+        self._files: list[BinaryIO] = []
         try:
-            header = _Header(path, self._file, self.bytes)
-            self.config = header.metadata
+            header = self._open(path)
             self.tensors = header.tensors
+            if header.metadata.get("split.count", 1) != 1:
+                header = self._open_parts(header)
+            self.config = header.metadata
         except BaseException:
-            self._file.close()
+            self._close()
             raise
+        self.bytes = sum(part.stat().st_size for part in self._parts)
+
+    def _open(self, path: Path) -> "_Header":
+        file = path.open("rb")
+        self._files.append(file)
+        return _Header(path, file, path.stat().st_size)
+
+    def _open_parts(self, found: "_Header") -> "_Header":
+        """Opens all parts instead, united in `tensors`; returns the header of the first."""
+        name, count = PART_NAME.fullmatch(self.path.name), found.metadata["split.count"]
+        if type(count) is not int or not 1 < count <= PARTS_MAX:
+            found.bad(f"it says that it is one of {str(count)[:20]!r} parts")
+        if name is None or int(name[3]) != count:
+            found.bad(
+                f"it is one of {count} parts, but is not called NAME-00001-of-{count:05}.gguf"
+            )
+        self._close()
+        self._files.clear()
+        names = [f"{name[1]}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+        self._parts = [self.path.with_name(part) for part in names]
+        self.tensors, headers = {}, []
+        for number, part in enumerate(self._parts):
+            if not part.exists():
+                raise BadModelFile(
+                    f"{part.name} is missing: {self.path.name} is one of {count} parts, and the "
+                    "model needs all of them, in one folder."
+                )
+            header = self._open(part)
+            headers.append(header)
+            said = tuple(header.metadata.get(key) for key in ("split.no", "split.count"))
+            if said != (number, count):
+                header.bad(f"it is called part {number + 1} of {count}, and says {said}")
+            for tensor in header.tensors.values():
+                if tensor.name in self.tensors:
+                    header.bad(f"tensor {tensor.name!r} occurs in two parts")
+                self.tensors[tensor.name] = replace(tensor, part=number)
+        total = headers[0].metadata.get("split.tensors.count", len(self.tensors))
+        if total != len(self.tensors):
+            headers[0].bad(f"the parts have {len(self.tensors)} tensors, it says {total}")
+        return headers[0]
+
+    def _close(self) -> None:
+        for file in self._files:
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -79,11 +138,11 @@ class GgufFile:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._close()
 
     @property
     def source(self) -> str:
-        return self.path.name
+        return self._parts[0].name
 
     @property
     def licence(self) -> str:
@@ -96,8 +155,12 @@ class GgufFile:
         return self.tensors[name].shape
 
     def fingerprint(self) -> str:
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for part in self._parts:
+            with part.open("rb") as file:
+                while data := file.read(COPY_BYTES):
+                    digest.update(data)
+        return digest.hexdigest()
 
     def vocabulary(self, rows: int) -> Vocabulary | None:
         from coeld.model.tokenizer import read_vocabulary  # which reads what is open here
@@ -116,8 +179,9 @@ class GgufFile:
         count, *rest = tensor.shape
         stop = count if stop is None else min(stop, count)
         row_bytes = tensor.bytes // count
-        self._file.seek(tensor.offset + start * row_bytes)
-        data = self._file.read((stop - start) * row_bytes)
+        file = self._files[tensor.part]
+        file.seek(tensor.offset + start * row_bytes)
+        data = file.read((stop - start) * row_bytes)
         if len(data) != (stop - start) * row_bytes:
             raise BadModelFile(f"{self.path} became shorter while it was read.")
         last = row_bytes if rest else row_bytes * count
@@ -145,7 +209,7 @@ class _Header:
         found = [self._tensor() for _ in range(tensor_count)]
         self._place(found)
 
-    def _bad(self, what: str) -> NoReturn:
+    def bad(self, what: str) -> NoReturn:
         raise BadModelFile(
             f"{self._path} is not a usable GGUF file: {what}. It is damaged, incomplete or "
             "something else; get it again."
@@ -153,7 +217,7 @@ class _Header:
 
     def _start(self) -> tuple[int, int]:
         if self._size < 24 or self._take(4) != b"GGUF":
-            self._bad("it does not begin like one")
+            self.bad("it does not begin like one")
         version, tensors, keys = self._unpack("<IQQ")
         if version not in VERSIONS:
             if version & 0xFFFF == 0:
@@ -164,15 +228,15 @@ class _Header:
                 f"{self._path} is a GGUF file of version {version}. coeld reads 2 and 3."
             )
         if tensors > TENSORS_MAX or keys > KEYS_MAX:
-            self._bad(f"it claims {tensors} tensors and {keys} keys")
+            self.bad(f"it claims {tensors} tensors and {keys} keys")
         return tensors, keys
 
     def _take(self, count: int) -> bytes:
         if count > self._size - self._at:
-            self._bad(f"it ends in the middle of its header, at byte {self._size}")
+            self.bad(f"it ends in the middle of its header, at byte {self._size}")
         data = self._file.read(count)
         if len(data) != count:
-            self._bad("it became shorter while it was read")
+            self.bad("it became shorter while it was read")
         self._at += count
         return data
 
@@ -182,16 +246,16 @@ class _Header:
     def _text(self, limit: int | None = None) -> str:
         (length,) = self._unpack("<Q")
         if limit is not None and length > limit:
-            self._bad(f"it has a name of {length} bytes")
+            self.bad(f"it has a name of {length} bytes")
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
-            self._bad("a text in it is not UTF-8")
+            self.bad("a text in it is not UTF-8")
 
     def _key(self) -> None:
         name = self._text(NAME_BYTES_MAX)
         if name in self.metadata:
-            self._bad(f"the key {name!r} occurs twice")
+            self.bad(f"the key {name!r} occurs twice")
         (kind,) = self._unpack("<I")
         self.metadata[name] = self._array() if kind == ARRAY else self._scalar(kind)
 
@@ -199,17 +263,17 @@ class _Header:
         if kind == STRING:
             return self._text()
         if kind not in SCALARS:
-            self._bad(f"it has a value of the unknown type {kind}")
+            self.bad(f"it has a value of the unknown type {kind}")
         return self._unpack("<" + SCALARS[kind])[0]
 
     def _array(self) -> list[Any]:
         kind, count = self._unpack("<IQ")
         if count > min(ARRAY_MAX, self._size - self._at):
-            self._bad(f"it claims an array of {count} values")
+            self.bad(f"it claims an array of {count} values")
         if kind == STRING:
             return [self._text() for _ in range(count)]
         if kind not in SCALARS:
-            self._bad(f"it has an array of the unknown type {kind}")
+            self.bad(f"it has an array of the unknown type {kind}")
         width = struct.calcsize("<" + SCALARS[kind])
         return list(struct.unpack(f"<{count}{SCALARS[kind]}", self._take(count * width)))
 
@@ -217,7 +281,7 @@ class _Header:
         name = self._text(NAME_BYTES_MAX)
         (dimensions,) = self._unpack("<I")
         if not 1 <= dimensions <= DIMENSIONS_MAX:
-            self._bad(f"tensor {name!r} has {dimensions} dimensions")
+            self.bad(f"tensor {name!r} has {dimensions} dimensions")
         shape = self._unpack(f"<{dimensions}Q")[::-1]
         kind, offset = self._unpack("<IQ")
         return name, shape, kind, offset
@@ -229,18 +293,18 @@ class _Header:
             or not 1 <= alignment <= ALIGNMENT_MAX
             or alignment & (alignment - 1)
         ):
-            self._bad(f"its alignment is {alignment!r}")
+            self.bad(f"its alignment is {alignment!r}")
         data = -(-self._at // alignment) * alignment
         free_from = data
         for name, shape, kind, offset in sorted(found, key=lambda tensor: tensor[3]):
             tensor = self._sized(name, shape, kind, data + offset)
             if name in self.tensors:
-                self._bad(f"tensor {name!r} occurs twice")
+                self.bad(f"tensor {name!r} occurs twice")
             if offset % alignment or tensor.offset < free_from:
-                self._bad(f"tensor {name!r} is misplaced")
+                self.bad(f"tensor {name!r} is misplaced")
             free_from = tensor.offset + tensor.bytes
             if free_from > self._size:
-                self._bad(
+                self.bad(
                     f"tensor {name!r} would end at byte {free_from}, the file ends at {self._size}"
                 )
             self.tensors[name] = tensor
@@ -255,5 +319,5 @@ class _Header:
             )
         block, block_bytes = gguf.GGML_QUANT_SIZES[Type(kind)]
         if min(shape) < 1 or shape[-1] % block:
-            self._bad(f"tensor {name!r} has the shape {shape}")
+            self.bad(f"tensor {name!r} has the shape {shape}")
         return GgufTensor(name, shape, Type(kind), offset, prod(shape) // block * block_bytes)

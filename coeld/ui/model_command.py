@@ -32,7 +32,11 @@ def add_parser(subparsers: Any) -> None:
         "--store", type=Path, metavar="DIR", help=f"where models are kept ({default_store()})"
     )
     add = commands.add_parser("add", parents=[store], help="install a model")
-    add.add_argument("model", metavar="NAME|SOURCE", help="a known model, or a GGUF file")
+    add.add_argument(
+        "model",
+        metavar="NAME|SOURCE",
+        help="a known model, a GGUF file, a Hugging Face folder, or hf:ORG/NAME[@REVISION]",
+    )
     add.add_argument("--name", help="what to call it (default: after the file, or as it is known)")
     add.add_argument(
         "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
@@ -88,7 +92,7 @@ def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") ->
 
     name = args.name or _name_after(args.model)
     require_new(store, name)
-    with open_checkpoint(args.model) as checkpoint:
+    with open_checkpoint(args.model, progress) as checkpoint:
         precision = precision_command.choose(args, checkpoint, name, progress)
         return import_checkpoint(store, checkpoint, name, progress, precision=precision)
 

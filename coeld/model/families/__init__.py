@@ -3,10 +3,11 @@
 A new family is a file with a `FAMILY` and a line here.
 """
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from coeld.errors import UnsupportedModel
-from coeld.model.checkpoint import Checkpoint
+from coeld.model.checkpoint import Checkpoint, Kind
 from coeld.model.families import (
     gpt_oss,
     granite_moe,
@@ -39,21 +40,24 @@ def blueprint(checkpoint: Checkpoint) -> Blueprint:
 
     Everything is checked: afterwards only the values of weights can still be bad.
     """
-    return draw(checkpoint, _family(checkpoint))
+    family = check_family(checkpoint.kind, checkpoint.config, checkpoint.source)
+    return draw(checkpoint, family)
 
 
-def _family(checkpoint: Checkpoint) -> Family:
-    if checkpoint.kind == "gguf":
-        key, found = "general.architecture", checkpoint.config.get("general.architecture")
+def check_family(kind: Kind, config: Mapping[str, Any], source: str) -> Family:
+    """The family that a configuration is of. Raises UnsupportedModel, naming those there are."""
+    if kind == "gguf":
+        key = "general.architecture"
         known = {family.architecture: family for family in reversed(FAMILIES)}
-        if found == llama.FAMILY.architecture and checkpoint.config.get("llama.expert_count"):
+        if config.get(key) == llama.FAMILY.architecture and config.get("llama.expert_count"):
             return mixtral.FAMILY  # the one architecture of GGUF that is two families
     else:
-        key, found = "model_type", checkpoint.config.get("model_type")
+        key = "model_type"
         known = {family.name: family for family in FAMILIES}
+    found = config.get(key)
     if not isinstance(found, str) or found not in known:
         raise UnsupportedModel(
-            f"{checkpoint.source} is a model of the family {str(found)[:80]!r} ({key}). coeld runs "
+            f"{source} is a model of the family {str(found)[:80]!r} ({key}). coeld runs "
             f"{', '.join(sorted(known))}."
         )
     return known[found]

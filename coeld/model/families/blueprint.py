@@ -28,7 +28,7 @@ Floats = NDArray[np.float32]
 SILU: Final = Activation()
 SLICES_WANTED: Final = 8
 """Neuron slices per dense feed-forward block: eight let up to eight devices share a layer."""
-BLOCKS_WANTED: Final = (64, 32, 16)
+BLOCKS_WANTED: Final = (128, 64, 32, 16)
 """Weights that share one scale in layers: the largest that divides all widths."""
 IGNORED: Final = (".rotary_emb.inv_freq", ".attn_rot_embd")
 """Ends of tensors that old files hold and that follow from the configuration."""
