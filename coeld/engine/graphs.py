@@ -55,7 +55,7 @@ def span_graph(manifest: Manifest, store: Blobs, span: Span) -> Graph:
 
 
 def expert_graph(manifest: Manifest, store: Blobs, layer: int, experts: Sequence[int]) -> Graph:
-    """Experts of one layer, in session order: `x` (n, H), `gates` (n, len(experts)) to `y` (n, H)."""
+    """Experts of one layer, in session order: x (n, H), gates (n, len(experts)) to y (n, H)."""
     shape, graph = manifest.shape, Graph(store)
     x = graph.take("x", F32, ["n", shape.hidden])
     gates = graph.take("gates", F32, ["n", len(experts)])

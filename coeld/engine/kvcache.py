@@ -5,7 +5,7 @@ doubling, up to the context limit, because most answers are far shorter than the
 SmolLM2-135M needs 46 KB a token.
 """
 
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 from coeld.model.manifest import Shape
 
 CAPACITY_MIN_TOKENS: Final = 256
+
+
+class Bound(Protocol):
+    """Bindings of a cache's buffers to graphs; they keep the buffers alive."""
+
+    def release(self) -> None: ...
 
 
 class KVCache:
@@ -30,8 +36,8 @@ class KVCache:
         self._arrays: list[NDArray[np.float32]] = []
         self.values: list[ort.OrtValue] = []
         """k of layer 0, v of layer 0, k of layer 1, …"""
-        self.bound: object | None = None
-        """The pass that used it last, with its bindings; for the trunk alone."""
+        self.bound: Bound | None = None
+        """The pass that used it last; for the trunk alone."""
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. At most the context limit (an assertion)."""
@@ -49,8 +55,9 @@ class KVCache:
 
     def free(self) -> None:
         """Give the memory back now."""
-        self._arrays, self.values = [], []
-        self.bound = None
+        if self.bound is not None:
+            self.bound.release()
+        self._arrays, self.values, self.bound = [], [], None
         self.capacity = 0
         self.generation += 1
 

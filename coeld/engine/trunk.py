@@ -152,6 +152,9 @@ class _Pass:
             and list(rows) == self._rows.tolist()
         )
 
+    def release(self) -> None:
+        self._bindings.clear()
+
     def run(self, span: Span) -> tuple[Rows, Gates | None]:
         session = self._sessions[span].ort
         binding = self._bindings.get(span)

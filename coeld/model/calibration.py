@@ -27,8 +27,8 @@ from coeld.model.families.blueprint import Blueprint
 from coeld.model.manifest import Activation, Routing
 
 TOKENS_MAX: Final = 256
-ROWS: Final = 2048
-"""Rows of a matrix that are float64 at a time."""
+CHUNK_BYTES: Final = 32 << 20
+"""Of a matrix that is float64 at a time."""
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -198,8 +198,9 @@ def neurons(expert: Weights, index: int, count: int) -> Weights:
 def times(x: Doubles, weight: Floats) -> Doubles:
     """x (n, K) @ weight (N, K).T, as float64."""
     out = np.empty((len(x), len(weight)))
-    for start in range(0, len(weight), ROWS):
-        out[:, start : start + ROWS] = x @ weight[start : start + ROWS].astype(np.float64).T
+    rows = max(1, CHUNK_BYTES // (8 * weight.shape[1]))
+    for start in range(0, len(weight), rows):
+        out[:, start : start + rows] = x @ weight[start : start + rows].astype(np.float64).T
     return out
 
 

@@ -30,11 +30,13 @@ STORED: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
 }
-"""Types that can be read. numpy has no bfloat16: it is the upper half of a float32."""
+"""Types that can be read. numpy has no bfloat16: it is the upper half of a float32. Bytes are read
+as the numbers they are: a family that packs its weights (gpt-oss) knows what they mean."""
 OTHERS: Final = frozenset(
     """
-    BOOL U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F4 F6_E2M3 F6_E3M2 I16 U16 I32 U32
+    BOOL I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F4 F6_E2M3 F6_E3M2 I16 U16 I32 U32
     I64 U64 F64 C64
     """.split()  # noqa: SIM905
 )

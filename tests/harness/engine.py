@@ -4,7 +4,8 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from coeld.ids import Lot
@@ -49,6 +50,15 @@ class Engine:
             "max_tokens": 8, "temperature": 0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": []
         }  # fmt: skip
         self.say("generate", id=ident, **{"prompt": "the", **usual, **fields})
+
+    def stats_when(self, ready: Callable[[dict], bool], wait_s: float = 10.0) -> dict:
+        """The engine's stats once they are as wanted; the last ones when time is up."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            self.say("stats")
+            stats = self.hear("stats")
+            if ready(stats) or time.monotonic() > deadline:
+                return stats
 
     def close(self) -> int:
         self.file.close()

@@ -43,7 +43,10 @@ class Source:
     """The whole tensor's, as it must be in the checkpoint."""
     index: int | None = None
     """Read only this one of the first dimension (an expert of many)."""
-    change: Callable[[Floats], Floats] | None = None
+    change: Callable[..., Floats] | None = None
+    """Of what was read; and of what `beside` gives, where there is that."""
+    beside: "Source | None" = None
+    """Another tensor that is needed for this one: the scales of packed weights."""
 
     def read(self, checkpoint: Checkpoint) -> Floats:
         """Raises BadModelFile."""
@@ -51,7 +54,22 @@ class Source:
             value = checkpoint.read(self.name)
         else:
             value = checkpoint.read(self.name, self.index, self.index + 1)[0]
-        return value if self.change is None else self.change(value)
+        if self.change is None:
+            return value
+        if self.beside is None:
+            return self.change(value)
+        value = self.change(value, self.beside.read(checkpoint))
+        if not np.isfinite(value).all():
+            raise BadModelFile(
+                f"tensor {self.name} of {checkpoint.source} holds numbers beyond all bounds: the "
+                "file is damaged. Get it again."
+            )
+        return value
+
+    def below(self, prefix: str) -> "Source":
+        """The same with `prefix` before all names."""
+        beside = self.beside and self.beside.below(prefix)
+        return replace(self, name=prefix + self.name, beside=beside)
 
 
 Expert = dict[str, Source]
@@ -101,6 +119,8 @@ class Traits:
     router: str = "mlp.gate"
     """The router's name in Hugging Face folders."""
     router_bias: bool = False
+    packed: bool = False
+    """Hugging Face: the experts' matrices are packed, in a way their family knows."""
 
 
 Feed = Callable[["Sizes", Traits, int], Expert]
@@ -295,11 +315,11 @@ class _Drafter:
                     expert[name] = _scale(expert[name], traits.residual_scale)
         return Layer(
             trunk={
-                name: tuple(replace(source, name=prefix + source.name) for source in sources)
+                name: tuple(source.below(prefix) for source in sources)
                 for name, sources in trunk.items()
             },
             experts=tuple(
-                {name: replace(s, name=prefix + s.name) for name, s in expert.items()}
+                {name: source.below(prefix) for name, source in expert.items()}
                 for expert in experts
             ),
         )
@@ -422,7 +442,7 @@ def _half_rotation(heads: int) -> Callable[[Floats], Floats]:
 def _scale(source: Source, factor: float) -> Source:
     """The source, with what it gives multiplied by `factor`."""
     before = source.change or (lambda value: value)
-    return replace(source, change=lambda value: before(value) * np.float32(factor))
+    return replace(source, change=lambda *values: before(*values) * np.float32(factor))
 
 
 def _sources(blueprint: Blueprint) -> Iterator[Source]:
@@ -431,7 +451,10 @@ def _sources(blueprint: Blueprint) -> Iterator[Source]:
         for sources in layer.trunk.values():
             yield from sources
         for expert in layer.experts:
-            yield from expert.values()
+            for source in expert.values():
+                yield source
+                if source.beside is not None:
+                    yield source.beside
 
 
 def _check(blueprint: Blueprint) -> None:

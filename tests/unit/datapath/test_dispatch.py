@@ -21,6 +21,14 @@ def weight(layer: int, expert: int) -> float:
     return 1.0 + layer * 100 + expert
 
 
+def summed(layer: int, experts, x, gates):
+    """The truth: every expert is a multiplication."""
+    columns = np.ones((len(x), len(experts)), np.float32) if gates is None else gates
+    assert columns.shape == (len(x), len(experts))
+    factors = np.array([weight(layer, expert) for expert in experts], np.float32)
+    return (columns @ factors)[:, None] * x
+
+
 class Runner:
     """Experts are multiplications; some of them are here."""
 
@@ -30,10 +38,10 @@ class Runner:
     def here(self, layer: int) -> frozenset[int]:
         return frozenset(self.experts)
 
-    def run(self, layer: int, experts, x):
+    def run(self, layer: int, experts, x, gates):
         if not set(experts) <= self.experts:
             raise PeerRefused("not here")
-        return sum(weight(layer, expert) for expert in experts) * x
+        return summed(layer, experts, x, gates)
 
 
 class Call:
@@ -53,8 +61,10 @@ class Peers:
         self.owners = owners
         self.faults: dict[NodeId, list] = {}
         self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
+        self.rows = 0
 
-    def call(self, node, address, layer, experts, x):
+    def call(self, node, address, layer, experts, x, gates):
+        self.rows += len(x)
         self.asked.append((node, tuple(sorted(experts))))
         fault = self.faults[node].pop(0) if self.faults.get(node) else None
         if isinstance(fault, PeerGone):
@@ -63,7 +73,7 @@ class Peers:
             return Call(fault)
         if not set(experts) <= self.owners[node]:
             return Call(PeerRefused("not here"))
-        return Call(sum(weight(layer, expert) for expert in experts) * x)
+        return Call(summed(layer, experts, x, gates))
 
 
 class Quiet:
@@ -105,7 +115,15 @@ def dispatcher(runner, peers, table, patience_s=5.0) -> Dispatcher:
 
 
 X = np.arange(3 * HIDDEN, dtype=np.float32).reshape(3, HIDDEN)
-WHOLE = sum(weight(0, expert) for expert in range(EXPERTS)) * X
+WHOLE = summed(0, range(EXPERTS), X, None)
+
+
+def some_gates(rng: Random, rows: int = 3) -> np.ndarray:
+    """Each row chooses two experts."""
+    gates = np.zeros((rows, EXPERTS), np.float32)
+    for row in gates:
+        row[rng.sample(range(EXPERTS), 2)] = rng.random(), rng.random() + 0.1
+    return gates
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -119,24 +137,44 @@ def test_any_ownership_and_any_faults_give_the_whole_sum(seed: int) -> None:
     for node in NODES:
         kinds = [PeerGone("gone"), PeerSlow("slow"), PeerRefused("no"), None]
         peers.faults[node] = [rng.choice(kinds) for _ in range(rng.randint(0, 2))]
-    total = dispatcher(Runner(here), peers, routes(owners)).run(0, X, request())
-    assert np.allclose(total, WHOLE), f"seed={seed}"
+    gates = some_gates(rng) if seed % 2 else None
+    total = dispatcher(Runner(here), peers, routes(owners)).run(0, X, gates, request())
+    assert np.allclose(total, summed(0, range(EXPERTS), X, gates)), f"seed={seed}"
+
+
+def test_only_rows_that_chose_its_experts_travel_to_an_owner_and_only_chosen_ones_are_asked() -> (
+    None
+):
+    gates = np.zeros((3, EXPERTS), np.float32)
+    gates[0, [0, 6]], gates[1, [1, 7]], gates[2, [6, 7]] = 0.5, 0.25, 0.125
+    owners = {NODES[0]: {0, 1, 2}, NODES[1]: {3, 4, 5}}
+    peers = Peers(owners)
+    total = dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, gates, request())
+    assert np.allclose(total, summed(0, range(EXPERTS), X, gates))
+    assert (peers.asked, peers.rows) == ([(NODES[0], (0, 1))], 2)
+
+
+def test_experts_nobody_chose_need_no_owner() -> None:
+    gates = np.zeros((1, EXPERTS), np.float32)
+    gates[0, [2, 3]] = 0.5
+    total = dispatcher(Runner({2, 3}), Peers({}), routes({})).run(0, X[:1], gates, request())
+    assert np.allclose(total, summed(0, range(EXPERTS), X[:1], gates))
 
 
 def test_each_owner_gets_one_call_with_all_of_its_experts() -> None:
     owners = {NODES[0]: {0, 1, 2}, NODES[1]: {3, 4, 5}}
     peers = Peers(owners)
-    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, request())
+    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, None, request())
     assert peers.asked == [(NODES[0], (0, 1, 2)), (NODES[1], (3, 4, 5))]
 
 
 def test_one_device_that_serves_the_whole_layer_is_preferred_to_several() -> None:
     owners = {NODES[0]: {0, 1, 2}, NODES[1]: set(range(EXPERTS))}
     peers = Peers(owners)
-    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, request())
+    dispatcher(Runner({6, 7}), peers, routes(owners)).run(0, X, None, request())
     assert peers.asked == [(NODES[1], tuple(range(EXPERTS)))]
     peers.asked.clear()
-    dispatcher(Runner(set(range(EXPERTS))), peers, routes(owners)).run(0, X, request())
+    dispatcher(Runner(set(range(EXPERTS))), peers, routes(owners)).run(0, X, None, request())
     assert peers.asked == []
 
 
@@ -146,7 +184,7 @@ def test_a_replica_is_asked_at_once_when_the_owner_fails() -> None:
     peers = Peers(owners)
     peers.faults[NODES[0]] = [PeerSlow("slow")]
     made = dispatcher(Runner(set()), peers, routes(owners), patience_s=0.0)
-    assert np.allclose(made.run(0, X, request()), WHOLE)
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
     assert [node for node, _ in peers.asked] == [NODES[0], NODES[1]]
 
 
@@ -157,7 +195,7 @@ def test_a_new_route_table_ends_the_wait_and_the_stall_is_recorded() -> None:
     asked = request()
     timer = threading.Timer(0.05, made.board.pin, [routes({NODES[0]: everything}, epoch=2)])
     timer.start()
-    assert np.allclose(made.run(0, X, asked), WHOLE)
+    assert np.allclose(made.run(0, X, None, asked), WHOLE)
     timer.join()
     assert len(asked.stalls_s) == 1
 
@@ -172,14 +210,14 @@ def test_loading_the_experts_here_ends_the_wait() -> None:
 
     timer = threading.Timer(0.05, load)
     timer.start()
-    assert np.allclose(made.run(0, X, request()), WHOLE)
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
     timer.join()
 
 
 def test_an_uncovered_layer_fails_with_the_missing_bytes() -> None:
     made = dispatcher(Runner({0}), Peers({}), routes({}, missing=70), patience_s=0.05)
     with pytest.raises(NotCovered, match="70 bytes") as caught:
-        made.run(0, X, request())
+        made.run(0, X, None, request())
     assert caught.value.missing_bytes == 70
 
 
@@ -188,4 +226,4 @@ def test_a_cancelled_request_does_not_wait() -> None:
     asked = request()
     asked.cancelled.set()
     with pytest.raises(Cancelled):
-        made.run(0, X, asked)
+        made.run(0, X, None, asked)

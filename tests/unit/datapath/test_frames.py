@@ -25,13 +25,18 @@ def opened(data: bytes):
 def test_experts_and_rows_survive_the_journey(seed: int) -> None:
     rng = Random(seed)
     rows, hidden = rng.randint(1, 40), rng.choice([1, 7, 64])
-    experts = set(rng.sample(range(200), rng.randint(1, 20)))
+    experts = tuple(rng.sample(range(200), rng.randint(1, 20)))
+    gates = None
+    if seed % 2:
+        gates = np.random.default_rng(seed).random((rows, len(experts)), np.float32)
     x = np.random.default_rng(seed).standard_normal((rows, hidden), np.float32)
-    header, payload = opened(joined(frames.pack_experts(seed, 3, experts, x)))
+    header, payload = opened(joined(frames.pack_experts(seed, 3, experts, x, gates)))
     assert (header.kind, header.call_id, header.layer) == (Kind.EXPERTS, seed, 3)
-    found, back = frames.unpack_experts(header, payload)
+    found, back, weights = frames.unpack_experts(header, payload)
     assert found == experts
     assert np.array_equal(back, x)
+    assert (weights is None) == (gates is None)
+    assert gates is None or np.array_equal(weights, gates)
 
 
 def test_results_and_texts_survive_the_journey() -> None:
@@ -47,24 +52,32 @@ def test_results_and_texts_survive_the_journey() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_rows_that_are_not_numbers_are_refused(value: float) -> None:
     x = np.full((2, 4), value, np.float32)
-    header, payload = opened(joined(frames.pack_experts(1, 0, {0}, x)))
+    header, payload = opened(joined(frames.pack_experts(1, 0, [0], x)))
     with pytest.raises(FrameError, match="NaN"):
         frames.unpack_experts(header, payload)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5])
+def test_gate_weights_that_cannot_be_are_refused(value: float) -> None:
+    x, gates = np.ones((2, 4), np.float32), np.array([[0.5], [value]], np.float32)
+    header, payload = opened(joined(frames.pack_experts(1, 0, [3], x, gates)))
+    with pytest.raises(FrameError, match="gate"):
+        frames.unpack_experts(header, payload)
+
+
 def test_an_expert_named_twice_is_refused() -> None:
-    data = bytearray(joined(frames.pack_experts(1, 0, {1, 2}, np.zeros((1, 4), np.float32))))
+    data = bytearray(joined(frames.pack_experts(1, 0, [1, 2], np.zeros((1, 4), np.float32))))
     data[HEADER.size : HEADER.size + 4] = b"\1\0\1\0"
     with pytest.raises(FrameError, match="twice"):
         frames.unpack_experts(*opened(bytes(data)))
 
 
 def test_every_limit_is_enforced_before_anything_is_allocated() -> None:
-    good = (b"CoEL", 1, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
+    good = (b"CoEL", 2, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
     frames.parse_header(HEADER.pack(*good))
     for index, bad in (
         (0, b"HTTP"),
-        (1, 2),
+        (1, 1),
         (2, 77),
         (3, 9),
         (4, 1),
@@ -87,7 +100,8 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
     rng = Random(7)
     x = np.ones((2, 8), np.float32)
     seeds = [
-        joined(frames.pack_experts(1, 2, {3, 4}, x)),
+        joined(frames.pack_experts(1, 2, [3, 4], x)),
+        joined(frames.pack_experts(1, 2, [3, 4], x, np.ones((2, 2), np.float32))),
         joined(frames.pack_result(1, 2, x)),
         joined(frames.pack_text(Kind.HELLO, 0, {"swarm": "s"})),
     ]

@@ -61,8 +61,8 @@ def test_cut_layers_give_the_logits_of_one_graph(whole, cut) -> None:
 @pytest.mark.parametrize("fused", [{0}, {1}, {2}, {0, 2}, {0, 1}])
 def test_partly_fused_plans_give_the_logits_of_one_graph(whole, cut, fused) -> None:
     expected = logits_of(whole, TOKENS, [39])
-    cut.decoder.steps = compile_plan(3, fused)
-    cut.trunk.prepare(cut.decoder.steps)
+    steps = compile_plan(3, fused)
+    cut.trunk.adopt(steps, cut.trunk.compile(steps))
     assert close(logits_of(cut, TOKENS, [39]), expected)
 
 
@@ -146,26 +146,26 @@ def test_any_subset_of_resident_experts_can_be_summed(tiny, tiny_store) -> None:
     experts = ExpertSet(tiny, tiny_store)
     experts.load([Lot(1, expert) for expert in (0, 2, 3, 7)])
     x = rng.standard_normal((5, tiny.shape.hidden)).astype(np.float32)
-    parts = {expert: experts.run(1, {expert}, x) for expert in (0, 2, 3, 7)}
-    for subset in ({0, 2}, {3, 7}, {0, 2, 3, 7}, {7}):
+    parts = {expert: experts.run(1, [expert], x, None) for expert in (0, 2, 3, 7)}
+    for subset in ([0, 2], [7, 3], [0, 2, 3, 7], [7]):
         expected = sum(parts[expert] for expert in subset)
-        assert close(experts.run(1, subset, x), expected, 1e-3)
+        assert close(experts.run(1, subset, x, None), expected, 1e-3)
     with pytest.raises(PeerRefused, match="layer 1"):
-        experts.run(1, {0, 1}, x)
+        experts.run(1, [0, 1], x, None)
     with pytest.raises(PeerRefused, match="layer 2"):
-        experts.run(2, {0}, x)
+        experts.run(2, [0], x, None)
 
 
 def test_dropped_experts_are_gone_and_kept_ones_still_run(tiny, tiny_store) -> None:
     experts = ExpertSet(tiny, tiny_store)
     experts.load([Lot(0, 0), Lot(0, 1), Lot(2, 5)])
     x = np.ones((1, tiny.shape.hidden), np.float32)
-    kept = experts.run(0, {1}, x)
+    kept = experts.run(0, [1], x, None)
     experts.drop([Lot(0, 0), Lot(2, 5)])
     assert experts.lots == {Lot(0, 1)}
-    assert close(experts.run(0, {1}, x), kept, 1e-4)
+    assert close(experts.run(0, [1], x, None), kept, 1e-4)
     with pytest.raises(PeerRefused):
-        experts.run(0, {0}, x)
+        experts.run(0, [0], x, None)
     assert experts.here(2) == frozenset()
 
 

@@ -67,6 +67,38 @@ def test_granites_shared_expert_adds_to_the_routed_ones() -> None:
     assert np.abs(logits(blueprint(shared), tokens) - silent).max() > 0.1
 
 
+def test_gpt_oss_as_it_is_published_is_in_mxfp4() -> None:
+    """Bytes drawn by lot; what they mean is looked up one nibble at a time."""
+    rng = np.random.default_rng(0)
+    plain = huggingface("gpt_oss")
+    packing = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    packed = huggingface("gpt_oss", quantization_config=packing)
+    meaning = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    for layer in range(3):
+        for part, n, k in (("gate_up_proj", 128, 128), ("down_proj", 128, 64)):
+            name = f"model.layers.{layer}.mlp.experts.{part}"
+            blocks = rng.integers(0, 256, (8, n, k // 32, 16))
+            scales = rng.integers(120, 124, (8, n, k // 32))
+            wanted = np.zeros((8, n, k), np.float32)
+            for at, byte in np.ndenumerate(blocks):
+                for half, nibble in enumerate((byte % 16, byte // 16)):
+                    value = meaning[nibble % 8] * (-1 if nibble >= 8 else 1)
+                    column = 32 * at[2] + 2 * at[3] + half
+                    wanted[at[0], at[1], column] = value * 2.0 ** (scales[at[:3]] - 127)
+            plain.tensors[name] = wanted.swapaxes(1, 2)
+            del packed.tensors[name]
+            packed.tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    tokens = golden_tokens("gpt_oss")[0].tolist()
+    expected = logits(blueprint(plain), tokens)
+    np.testing.assert_array_equal(logits(blueprint(packed), tokens), expected)
+    packed.tensors["model.layers.1.mlp.experts.down_proj_scales"][3, 5, 1] = 255
+    with pytest.raises(BadModelFile, match=r"layers\.1\.mlp\.experts\.down_proj_blocks"):
+        blueprint(packed).expert(1, 3)
+    del packed.tensors["model.layers.1.mlp.experts.down_proj_scales"]
+    with pytest.raises(BadModelFile, match=r"layers\.1\.mlp\.experts\.down_proj_scales"):
+        blueprint(packed)
+
+
 # Tensors
 
 

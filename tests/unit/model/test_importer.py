@@ -188,7 +188,7 @@ def test_an_interrupted_import_goes_on_and_ends_with_the_same_hash(
     monkeypatch.setattr(onnx_blobs, "linear_blob", lambda *w: redone.append(1) or build(*w))
     resumed = import_file(store, path, "x")
     assert len(redone) == 3
-    store.verify(resumed)
+    store.verify(resumed.blobs())
     fresh = import_file(Store(tmp_path / "fresh"), path, "x")
     assert resumed.hash == fresh.hash
     assert files_in(store) == files_in(Store(tmp_path / "fresh"))
@@ -224,7 +224,7 @@ def test_finished_parts_whose_blobs_vanished_are_made_again(
     for blob in (store.root / "blobs").iterdir():
         blob.unlink()
     again = import_file(store, tiny_gguf, "tiny")
-    store.verify(again)
+    store.verify(again.blobs())
     assert again.hash == imported[1].hash
 
 

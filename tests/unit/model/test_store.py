@@ -28,7 +28,7 @@ def test_a_manifest_comes_back_as_it_was_saved(imported: Imported) -> None:
     store, manifest = imported
     assert store.manifest("tiny") == manifest
     assert store.models() == [manifest]
-    store.verify(manifest)
+    store.verify(manifest.blobs())
 
 
 def test_nothing_is_installed_in_a_directory_that_does_not_exist(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_verify_names_the_damaged_blob(copy: Imported, damage: str) -> None:
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
     with pytest.raises(BadChecksum, match=path.name):
-        store.verify(manifest)
+        store.verify(manifest.blobs())
 
 
 def test_removing_a_model_keeps_what_another_one_shares(copy: Imported) -> None:
@@ -92,7 +92,7 @@ def test_removing_a_model_keeps_what_another_one_shares(copy: Imported) -> None:
     store.save(replace(manifest, name="other", chat_template=own))
     store.remove("tiny")
     assert store.names() == ["other"]
-    store.verify(store.manifest("other"))
+    store.verify(store.manifest("other").blobs())
     assert manifest.chat_template is not None
     assert not store.has(manifest.chat_template)
     store.remove("other")

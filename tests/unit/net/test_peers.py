@@ -21,7 +21,7 @@ SERVER, CALLER = NodeId("5" * 16), NodeId("c" * 16)
 X = np.arange(2 * HIDDEN, dtype=np.float32).reshape(2, HIDDEN)
 
 
-def run(layer: int, experts: frozenset[int], x):
+def run(layer: int, experts, x, gates):
     if layer == 9:
         raise PeerRefused("layer 9 is not here")
     return x * (layer + 1) * len(experts)
@@ -47,7 +47,7 @@ def pool():
 
 
 def ask(pool: PeerPool, server: PeerServer, layer: int = 1, node: NodeId = SERVER):
-    return pool.call(node, (server.host, server.port), layer, {1, 2}, X).result()
+    return pool.call(node, (server.host, server.port), layer, [1, 2], X, None).result()
 
 
 def raw(server: PeerServer) -> socket.socket:
@@ -92,13 +92,13 @@ def test_nobody_listening_is_gone_at_once(pool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as placeholder:
         address = placeholder.getsockname()
     with pytest.raises(PeerGone):
-        pool.call(SERVER, address, 0, {1}, X)
+        pool.call(SERVER, address, 0, [1], X, None)
 
 
 def test_a_peer_that_never_answers_is_slow_and_its_late_answer_is_not_mistaken(server) -> None:
     release = threading.Event()
 
-    def sluggish(layer, experts, x):
+    def sluggish(layer, experts, x, gates):
         release.wait(5)
         return x * 0
 
@@ -145,7 +145,9 @@ def test_an_oversized_frame_is_refused_before_it_is_read(server) -> None:
     with greeted(server) as sock:
         size = frames.PAYLOAD_BYTES_MAX + 4
         rows = (size - 4) // 4
-        sock.sendall(HEADER.pack(b"CoEL", 1, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size))
+        sock.sendall(
+            HEADER.pack(b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size)
+        )
         kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
         assert kind is Kind.ERROR
 
@@ -153,7 +155,7 @@ def test_an_oversized_frame_is_refused_before_it_is_read(server) -> None:
 def test_rows_of_another_width_are_refused(server) -> None:
     with greeted(server) as sock:
         narrow = np.zeros((1, HIDDEN - 1), np.float32)
-        sock.sendall(b"".join(frames.pack_experts(1, 0, {0}, narrow)))
+        sock.sendall(b"".join(frames.pack_experts(1, 0, [0], narrow)))
         kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
         assert kind is Kind.ERROR
 
@@ -202,7 +204,7 @@ def test_an_answer_to_something_else_is_not_accepted(pool, lie) -> None:
 
     liar = threading.Thread(target=answer)
     liar.start()
-    call = pool.call(SERVER, listener.getsockname(), 0, {1}, X)
+    call = pool.call(SERVER, listener.getsockname(), 0, [1], X, None)
     with pytest.raises(FrameError):
         call.result()
     liar.join()
