@@ -295,7 +295,7 @@ def test_an_unknown_family_is_answered_with_the_known_ones(kind: Any, found: Any
 
 @pytest.mark.parametrize(
     ("width", "block", "slices"),
-    [(512, 64, 8), (448, 64, 7), (64, 64, 1), (96, 32, 3), (352, 32, 1), (48, 16, 3)],
+    [(1024, 128, 8), (512, 128, 4), (448, 64, 7), (64, 64, 1), (96, 32, 3), (48, 16, 3)],
 )
 def test_block_and_slices_follow_from_the_widths(width: int, block: int, slices: int) -> None:
     checkpoint = huggingface("llama", intermediate_size=width)

@@ -68,9 +68,17 @@ def test_an_unknown_name_is_an_error(place: Path, words: tuple[str, ...]) -> Non
         run(*words)
 
 
-def test_a_known_model_keeps_its_name(place: Path) -> None:
-    with pytest.raises(ModelError, match="--name is for files"):
-        run("add", "smollm2-135m-instruct", "--name", "other")
+def test_a_known_model_does_not_take_the_name_of_another(place: Path, tiny_gguf: Path) -> None:
+    run("add", str(tiny_gguf), "--name", "mine")
+    with pytest.raises(ModelError, match="'mine' is installed already"):
+        run("add", "smollm2-135m-instruct", "--name", "mine")
+
+
+def test_a_known_model_that_is_installed_is_not_fetched_again(place: Path, tiny_gguf: Path) -> None:
+    run("add", str(tiny_gguf), "--name", "smollm2-135m-instruct")
+    before = Store(place).manifest("smollm2-135m-instruct")
+    assert run("add", "smollm2-135m-instruct") == 0
+    assert Store(place).manifest("smollm2-135m-instruct") == before
 
 
 def test_a_damaged_model_is_listed_and_can_be_removed(
