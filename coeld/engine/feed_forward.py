@@ -7,9 +7,10 @@ swiglu(x) = sum over slices of swiglu_slice(x), exactly.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+from onnx import TensorProto
 
 from coeld.engine.graph import ACCURACY, Graph
 from coeld.engine.weights import Array, Stored
@@ -106,6 +107,8 @@ def _one_width(
             "weights_prepacked": 0,
         }
         inputs = [x, gates, *names.values(), *[""] * 6, gates]
+        if form.bits == 3:
+            return _in_half_precision(graph, p, inputs, out, attributes)
         return graph.add("QMoE", inputs, [out], **attributes)
     # The float32 node only knows a softmax over router logits: it is given log(gate), which yields
     # gate / sum of gates, and its result is multiplied by that sum.
@@ -114,6 +117,19 @@ def _one_width(
     mixed = graph.add("MoE", inputs, [p + "mix"], **attributes)
     total = graph.add("ReduceSum", [gates, graph.integers(1)], [p + "total"], keepdims=1)
     return graph.add("Mul", [mixed, total], [out])
+
+
+def _in_half_precision(
+    graph: Graph, p: str, inputs: Sequence[str], out: str, attributes: Mapping[str, Any]
+) -> str:
+    """QMoE with rows, gates, scales and biases as float16: it knows 3 bits only so."""
+    half = {
+        name: graph.add("Cast", [name], [f"{p}half{at}"], to=TensorProto.FLOAT16)
+        for at, name in enumerate(dict.fromkeys(inputs))
+        if name and not name.endswith(".w")
+    }
+    y = graph.add("QMoE", [half.get(n, n) for n in inputs], [p + "half"], **attributes)
+    return graph.add("Cast", [y], [out], to=TensorProto.FLOAT)
 
 
 def _merged(

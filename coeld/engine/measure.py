@@ -4,7 +4,7 @@ Both go through the same OpenModel as the daemon's engine.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -52,6 +52,30 @@ class Silent:
 def open_local(store: Store, manifest: Manifest, threads: int, context_tokens: int) -> OpenModel:
     """The model on this device alone, one graph. Call once per process."""
     use_threads(threads)
+    return _open(store, manifest, context_tokens)
+
+
+def open_two(
+    store: Store, names: tuple[str, str], threads: int, context_tokens: int
+) -> tuple[OpenModel, OpenModel]:
+    """Two models to compare. Call once per process.
+
+    Raises UnknownModel, BadRequest when they do not have the same tokens or no tokenizer.
+    """
+    one, two = (store.manifest(name) for name in names)
+    if one.tokenizer is None or one.tokenizer != two.tokenizer:
+        raise BadRequest(
+            f"{names[0]} and {names[1]} cannot be compared: they need the same tokenizer, and one. "
+            "Import both from the same source, with different --bits."
+        )
+    for manifest in (one, two):
+        if context_tokens > manifest.shape.context_max:
+            raise BadRequest(f"--context: {manifest.name} goes to {manifest.shape.context_max}.")
+    use_threads(threads)
+    return _open(store, one, context_tokens), _open(store, two, context_tokens)
+
+
+def _open(store: Store, manifest: Manifest, context_tokens: int) -> OpenModel:
     model = OpenModel(manifest, store, me=ME, peers=NoPeers(), context_tokens=context_tokens)
     model.hold_everything()
     return model
@@ -135,39 +159,91 @@ def perplexity(
     the first are scored, given everything before them in the window. `progress(chunk, so_far)`.
     Raises BadRequest when the text is shorter than the chunks asked for.
     """
-    if len(tokens) < context * chunks or chunks < 1 or context < 4:
-        raise BadRequest(
-            f"The text has {len(tokens)} tokens, {chunks} chunks of {context} were asked for: "
-            "ask for fewer, or give a longer text."
-        )
     losses: list[float] = []
-    first = context // 2
-    for chunk in range(chunks):
-        window = tokens[chunk * context : (chunk + 1) * context]
-        losses += _losses(model, window, range(first, context - 1))
+    for chunk, window in enumerate(_windows(tokens, context, chunks)):
+        for row, logits in _scored(model, window, context // 2):
+            losses.append(-float(_log_softmax(logits)[window[row + 1]]))
         progress(chunk + 1, float(np.exp(np.mean(losses))))
     mean, deviation = np.mean(losses), np.std(losses, ddof=1) / np.sqrt(len(losses))
     return float(np.exp(mean)), float(np.exp(mean) * deviation), len(losses)
 
 
-def _losses(model: OpenModel, window: Sequence[int], rows: range) -> list[float]:
-    """-log p of the token after each row."""
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a model's predictions are from a reference's."""
+
+    kl: float
+    """Mean Kullback-Leibler divergence from the reference, nats per token."""
+    kl_error: float
+    """Its standard error."""
+    top1_agreement: float
+    """Share of tokens for which both think the same one most likely."""
+    perplexity: float
+    reference_perplexity: float
+    tokens_scored: int
+
+
+def compare(
+    model: OpenModel,
+    reference: OpenModel,
+    tokens: Sequence[int],
+    context: int,
+    chunks: int,
+    progress: Callable[[int, float], None],
+) -> Comparison:
+    """Run both over the same windows and tokens that `perplexity` scores.
+
+    Raises BadRequest when the text is shorter than the chunks asked for.
+    """
+    found: list[tuple[float, bool, float, float]] = []
+    for chunk, window in enumerate(_windows(tokens, context, chunks)):
+        first = context // 2
+        both = zip(_scored(model, window, first), _scored(reference, window, first), strict=True)
+        for (row, logits), (_, wanted) in both:
+            ours, exact, token = _log_softmax(logits), _log_softmax(wanted), window[row + 1]
+            kl = float(np.sum(np.exp(exact) * (exact - ours)))
+            same = bool(ours.argmax() == exact.argmax())
+            found.append((kl, same, -float(ours[token]), -float(exact[token])))
+        progress(chunk + 1, float(np.mean([kl for kl, *_ in found])))
+    columns = np.array(found, np.float64)
+    means = columns.mean(axis=0)
+    return Comparison(
+        kl=float(means[0]),
+        kl_error=float(columns[:, 0].std(ddof=1) / np.sqrt(len(found))),
+        top1_agreement=float(means[1]),
+        perplexity=float(np.exp(means[2])),
+        reference_perplexity=float(np.exp(means[3])),
+        tokens_scored=len(found),
+    )
+
+
+def _windows(tokens: Sequence[int], context: int, chunks: int) -> list[Sequence[int]]:
+    if len(tokens) < context * chunks or chunks < 1 or context < 4:
+        raise BadRequest(
+            f"The text has {len(tokens)} tokens, {chunks} chunks of {context} were asked for: "
+            "ask for fewer, or give a longer text."
+        )
+    return [tokens[chunk * context : (chunk + 1) * context] for chunk in range(chunks)]
+
+
+def _scored(
+    model: OpenModel, window: Sequence[int], first: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(row, its logits (V,)) for rows `first` to the last but one of a window."""
     cache = model.trunk.new_cache()
     request = Request("eval", list(window), 0, Silent())
-    losses: list[float] = []
-    at = 0
-    while at < len(window):
-        size = len(window) - at if at >= rows.start else rows.start
-        size = min(size, LOGIT_ROWS_MAX) if at >= rows.start else size
-        inside = [row - at for row in range(at, at + size) if row in rows]
-        logits = model.decoder.forward(cache, window[at : at + size], inside or [0], request)
-        for row, values in zip(inside, logits, strict=False):
-            wide = values.astype(np.float64)
-            top = wide.max()
-            total = top + np.log(np.exp(wide - top).sum())
-            losses.append(float(total - wide[window[at + row + 1]]))
-        at += size
-    return losses
+    model.decoder.forward(cache, window[:first], [0], request)
+    for at in range(first, len(window) - 1, LOGIT_ROWS_MAX):
+        some = window[at : min(at + LOGIT_ROWS_MAX, len(window) - 1)]
+        logits = model.decoder.forward(cache, some, list(range(len(some))), request)
+        yield from enumerate(np.array(logits), at)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max()
+    wide -= np.log(np.exp(wide).sum())
+    return wide
 
 
 def resident_bytes() -> int:

@@ -10,9 +10,12 @@ from tests.fakes.memory_checkpoint import MemoryCheckpoint
 Type = gguf.GGMLQuantizationType
 
 
-def write_gguf(path: Path, checkpoint: MemoryCheckpoint, kind: Type = Type.F32) -> Path:
-    """`kind`: of the matrices. Returns `path`."""
-    writer = gguf.GGUFWriter(path, checkpoint.config["general.architecture"])
+def write_gguf(
+    path: Path, checkpoint: MemoryCheckpoint, kind: Type = Type.F32, split_tensors: int = 0
+) -> Path:
+    """`kind`: of the matrices; `split_tensors`: at most so many a part. Returns the first file."""
+    architecture = checkpoint.config["general.architecture"]
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_tensors)
     for key, value in checkpoint.config.items():
         if key != "general.architecture":
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
@@ -26,4 +29,4 @@ def write_gguf(path: Path, checkpoint: MemoryCheckpoint, kind: Type = Type.F32) 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*")) if split_tensors else path
