@@ -9,10 +9,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from coeld.errors import BadModelFile, UnsupportedModel
+from coeld.model.checkpoint import Vocabulary
 from coeld.model.gguf_file import GgufFile
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
-from coeld.model.tokenizer import Vocabulary, read_vocabulary
+from coeld.model.tokenizer import PRE_TOKENIZERS, read_vocabulary
 from tests.reference.tiny_gguf import CHAT_TEMPLATE, vocabulary, write_tiny_llama
 
 
