@@ -25,6 +25,8 @@ HARMLESS: Final = frozenset(
     router_aux_loss_coef router_jitter_noise tokenizer_class torch_dtype transformers_version
     unsloth_fixed unsloth_version use_cache is_llama_config transformers.js_config
     max_window_layers initial_context_length experts_per_token task_specific_params
+    _attn_implementation_autoset neftune_noise_alpha bos_token eos_token pad_token use_bfloat16
+    temperature top_p do_sample max_length repetition_penalty
     """.split()  # noqa: SIM905
 )
 """Keys that are checked elsewhere, or say nothing about the computation (but about training)."""
@@ -44,6 +46,7 @@ NEUTRAL: Final[dict[str, Any]] = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
     "rope_interleaved": False,
+    "use_mrope": False,
     "mlp_bias": False,
     "clip_qkv": None,
     "decoder_sparse_step": 1,

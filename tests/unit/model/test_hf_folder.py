@@ -96,6 +96,13 @@ def test_one_expert_of_many_is_read_without_the_rest(tmp_path: Path) -> None:
             found.read("e", 5)
 
 
+def test_bytes_are_read_as_the_numbers_they_are(tmp_path: Path) -> None:
+    """For families that pack their weights."""
+    packed = np.arange(256, dtype=np.uint8).reshape(2, 128)
+    with HfFolder(small(tmp_path / "m", b=("U8", packed))) as found:
+        np.testing.assert_array_equal(found.read("b"), packed.astype(np.float32))
+
+
 def test_a_scalar_is_a_vector_of_one(tmp_path: Path) -> None:
     with HfFolder(small(tmp_path / "m", s=("F32", np.array(2.5, np.float32)))) as found:
         assert found.shape("s") == (1,)
@@ -313,7 +320,7 @@ def test_a_header_of_an_absurd_length_is_refused(tmp_path: Path, length: int) ->
     bad(folder, "claims a header|is not JSON")
 
 
-@pytest.mark.parametrize("kind", ["F8_E4M3", "I64", "F64", "BOOL"])
+@pytest.mark.parametrize("kind", ["I8", "F8_E4M3", "I64", "F64", "BOOL"])
 def test_another_type_is_unsupported_and_the_known_are_listed(tmp_path: Path, kind: str) -> None:
     folder = small(tmp_path / "m")
     header(folder, {"w": {**F32, "dtype": kind}}, bytes(48))
