@@ -18,7 +18,7 @@ Huffman's code (zlib's or zstd's: same size, zstd is six times as fast), and the
 quantiser is within 0.25 bits of the bound, Gish and Pierce 1968) and the slowest.
 
 The error of a codec is e: the root mean square, over rows, of |row - decoded| / |row|. The
-divergence of the model's output follows it as KL ≈ c e² (`budget.py`).
+divergence of the model's output follows it as KL ≈ c e² (`transfer.py`).
 
 A payload is bytes from outside: its size is compared with what its header promises before anything
 is allocated, and NaN, Inf and sizes that do not fit are FrameErrors. Nothing here keeps state.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from math import log2, sqrt
 from typing import Final
 
+from coeld.compression.fusion import Fused, fuse
 from coeld.compression.rotation import Rows
 from coeld.compression.wire import EXACT, STEPS, Codec, Encoded, encode, payload_bytes
 
@@ -110,3 +111,32 @@ def encode_within(codecs: Sequence[Codec], x: Rows, error: float) -> tuple[Codec
 
 STEPS_MARGIN: Final = 0.97
 """Rounding errs a little more than s / sqrt(12) where few steps are used."""
+
+
+FUSION_REACH: Final = (1.0, 2.0, 4.0, 8.0)
+"""How much further than the error allowed a row may be from its leader: few rows have one, so the
+mean over all of them is far smaller."""
+FUSION_SHARE: Final = 0.5
+"""Of the squared error of the rows sent: the most that fusion may use; the codec gets the rest."""
+
+
+def fuse_within(x: Rows, error: float, error_back: float) -> tuple[Fused, float]:
+    """Fusion of rows x (n, H) that makes both transfers smallest, and the error left for the codec.
+
+    `error` is allowed on the way out, `error_back` for the results. Fusing makes fewer rows, in
+    both directions, but takes from what the codec may err: it is used only as far as that pays.
+    """
+    hidden = x.shape[1]
+    best, left = fuse(x, 0.0), error
+    codec = Codec.STEPS_ZLIB
+    back = bits_expected(codec, 1, hidden, error_back)
+    size = len(best.leaders) * (bits_expected(codec, 1, hidden, left) + back)
+    for reach in FUSION_REACH:
+        fused = fuse(x, error * reach)
+        if fused.error**2 > FUSION_SHARE * error**2:
+            break
+        rest = sqrt(error**2 - fused.error**2)
+        now = len(fused.leaders) * (bits_expected(codec, 1, hidden, rest) + back)
+        if now < size:
+            best, left, size = fused, rest, now
+    return best, left

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from coeld.compression.budget import (
+from coeld.compression.transfer import (
     LinkSpeed,
     bits_expected,
     encode_within,
     error_allowed,
+    fuse_within,
     ranked,
 )
 from coeld.compression.wire import EXACT, STEPS, Codec, available, decode, relative_error
@@ -68,3 +69,20 @@ def test_rows_beyond_half_precision_travel_whole_in_exact_mode() -> None:
     codec, encoded = encode_within([Codec.FLOAT16], x, 0.0)
     assert codec is Codec.FLOAT32
     assert encoded.error == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_fusion_takes_no_more_of_the_error_than_it_leaves_for_the_codec(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((4, 64))
+    x = centres[rng.integers(4, size=50)] + rng.choice([0.005, 0.3]) * rng.standard_normal((50, 64))
+    error = float(rng.uniform(0.02, 0.3))
+    fused, left = fuse_within(x.astype(np.float32), error, 0.05)
+    assert fused.error**2 + left**2 <= error**2 * (1 + 1e-6)
+    assert left >= error * 0.5**0.5 * (1 - 1e-6)
+    assert len(fused.leaders) <= 50
+
+
+def test_a_row_alone_is_not_fused() -> None:
+    fused, left = fuse_within(np.ones((1, 64), np.float32), 0.1, 0.1)
+    assert (len(fused.leaders), left) == (1, 0.1)
