@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.compression.transfer import error_allowed, fuse_within
 from coeld.compression.fusion import fuse, unfuse
+from coeld.compression.transfer import error_allowed, fuse_within
 from coeld.compression.wire import Codec, decode, encode
 from coeld.engine.text import Text
 from coeld.model.catalogue import find
