@@ -27,7 +27,7 @@ IMPURE_MODULES = {
     "onnx", "gguf",
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__", "breakpoint"}
-HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers")
+HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "huggingface_hub")
 AGENT_SIDE = ("coeld.agent", "coeld.__main__", "coeld.node", "coeld.config", "coeld.net.mqtt")
 
 FILE_LINES_MAX = 500
