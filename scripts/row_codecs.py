@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from coeld.compression.fusion import fuse, unfuse
 from coeld.compression.transfer import error_allowed, fuse_within
-from coeld.compression.wire import Codec, decode, encode
+from coeld.compression.wire import Codec, decode, encode, loudness
 from coeld.engine.text import Text
 from coeld.model.catalogue import find
 from coeld.model.fetch import fetched
@@ -36,6 +36,7 @@ WINDOW = 256
 PLACES = (0, 7, 50, 100, 200, 300, 400, 500)
 """Windows of the text that are judged, in windows of 512 tokens."""
 NOISE = 0.15
+CALIBRATION_TOKENS = 128
 
 Rows = NDArray[np.float32]
 Block = Callable[[Rows], Rows]
@@ -89,8 +90,8 @@ def measured_sensitivity(model: Cut, tokens: list[int]) -> NDArray[np.float64]:
     rng = np.random.default_rng(0)
 
     def noisy(x: Rows) -> Rows:
-        size = np.sqrt(np.mean(x * x, axis=1, keepdims=True)) * np.float32(NOISE)
-        return x + size * rng.standard_normal(x.shape, np.float32)
+        size = (loudness(x) * NOISE).astype(np.float32)
+        return x + size[:, None] * rng.standard_normal(x.shape, np.float32)
 
     for layer in range(model.layers()):
         for back in (0, 1):
@@ -294,7 +295,7 @@ def main() -> None:
         c = np.array(json.loads(arguments.sensitivity.read_text()))
     else:
         calibration = (ROOT / "coeld" / "model" / "calibration.txt").read_text("utf-8")
-        c = measured_sensitivity(model, text.encode(calibration)[:192])
+        c = measured_sensitivity(model, text.encode(calibration)[:CALIBRATION_TOKENS])
         if arguments.sensitivity:
             arguments.sensitivity.write_text(json.dumps(c.tolist()))
     print(f"sensitivity: mean {c.mean():.3f}, least {c.min():.3f}, most {c.max():.3f}")

@@ -53,6 +53,7 @@ FLOAT16_ERROR: Final = 2.07e-4
 BFLOAT16_ERROR: Final = 1.66e-3
 """Half a unit in the last place, uniform, over a mantissa that is uniform in its logarithm:
 2^-10 (2^-7) * sqrt(1 / (24 ln 2) * 3 / 4)."""
+LOUD_MAX: Final = 2.0
 ERROR_MIN, ERROR_MAX = 1e-4, 1.0
 """Of STEPS: below, FLOAT16 is better; above, nothing of the row would be left."""
 
@@ -167,6 +168,17 @@ def relative_error(x: Rows, decoded: Rows) -> float:
     return _error(_squares(x - decoded), _squares(x))
 
 
+def loudness(x: Rows) -> NDArray[np.float64]:
+    """Per row, what an error is measured by: its root mean square, at most LOUD_MAX typical ones.
+
+    The first token of a text gets results 100 times as large as all others, in a few channels;
+    noise of that size in its other channels destroys what the model keeps there ("attention sink").
+    """
+    rms: NDArray[np.float64] = np.sqrt(_squares(x) / x.shape[1])
+    typical = float(np.median(rms))
+    return np.minimum(rms, LOUD_MAX * typical) if typical > 0 else rms
+
+
 def _squares(x: Rows) -> NDArray[np.float64]:
     """The squared length of each row."""
     squares: NDArray[np.float64] = np.einsum("ij,ij->i", x, x, dtype=np.float64)
@@ -251,7 +263,7 @@ def _scales(data: memoryview, count: int) -> NDArray[np.float32]:
 def _encode_steps(codec: Codec, x: Rows, error: float) -> Encoded:
     whole = _squares(x)
     # A uniform quantiser of step s errs by s / sqrt(12) per value.
-    steps: Rows = (np.sqrt(whole / x.shape[1]) * (error * 12**0.5)).astype(np.float32)
+    steps: Rows = (loudness(x) * (error * 12**0.5)).astype(np.float32)
     divisor: Rows = np.where(steps > 0, steps, np.float32(1))
     scaled: Rows = x / divisor[:, None]
     rounded = np.rint(scaled)
