@@ -24,7 +24,17 @@ from coeld.api import listen
 from coeld.api.serve import serve
 from coeld.api.server import Api
 from coeld.config import Config, broker_address, split_address
-from coeld.effects import Connect, DropLots, Effect, LoadLots, Publish, Report, Send, SwapRoutes
+from coeld.effects import (
+    Connect,
+    Disconnect,
+    DropLots,
+    Effect,
+    LoadLots,
+    Publish,
+    Report,
+    Send,
+    SwapRoutes,
+)
 from coeld.engine.protocol import ENGINE_COMMAND, EngineOptions
 from coeld.errors import NoModel
 from coeld.events import EngineStarted, Event, MessageReceived, ResourcesSampled, Tick
@@ -169,6 +179,8 @@ class Agent:
                 await self._bus.send(to, message)
             case Connect(node, host, port):
                 self._bus.connect(node, host, port)
+            case Disconnect(node):
+                self._bus.disconnect(node)
             case LoadLots(lots):
                 self._engine.load(lots)
             case DropLots(lots):

@@ -32,6 +32,13 @@ class Connect:
 
 
 @dataclass(frozen=True, slots=True)
+class Disconnect:
+    """Stop listening to this device's broker: it is no neighbour. Idempotent."""
+
+    node: NodeId
+
+
+@dataclass(frozen=True, slots=True)
 class LoadLots:
     """Read these lots from disk into the engine; answered by LotsLoaded or LoadFailed."""
 
@@ -59,4 +66,4 @@ class Report:
     text: str
 
 
-Effect = Publish | Send | Connect | LoadLots | DropLots | SwapRoutes | Report
+Effect = Publish | Send | Connect | Disconnect | LoadLots | DropLots | SwapRoutes | Report

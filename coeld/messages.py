@@ -1,30 +1,37 @@
-"""What devices say to each other over MQTT: two kinds of message, as JSON, strictly checked.
+"""What devices say to each other over MQTT: four kinds of message, as JSON, strictly checked.
 
-A `Digest` is heartbeat and anti-entropy in one: who is known, how fresh, how well. A `Delta`
-carries whole records. A `Record` is everything one device says about itself, written by that
-device alone and versioned by (incarnation, seq), so merging is "keep the newest" and no order of
-arrival matters. JSON because control traffic is a few kilobytes a second and people must be able
-to read it with `mosquitto_sub`; lots travel as runs [layer, first, count, …] so that a record
-stays small. `decode` checks everything at this edge: inside, every value is valid.
+A `Beat` is a sign of life of constant size: one fingerprint stands for all that its sender knows,
+and fresh news ride along. Who sees another fingerprint sends an `Ask` with fingerprints of parts
+of its view; the answer is a `Digest`, the entries of the parts that differ. A `Delta` carries
+whole records. A `Record` is everything one device says about itself, written by that device alone
+and versioned by (incarnation, seq), so merging is "keep the newest" and no order of arrival
+matters. JSON because control traffic is a few kilobytes a second and people must be able to read
+it with `mosquitto_sub`; lots travel as runs [layer, first, count, …] so that a record stays small.
+`decode` checks everything at this edge: inside, every value is valid.
 """
 
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
-VERSION = 1
+VERSION = 2
 KIND_DIGEST = 1  # kinds are append-only: never renumber, never reuse
 KIND_DELTA = 2
+KIND_BEAT = 3
+KIND_ASK = 4
 
 MESSAGE_BYTES_MAX = 256 * 1024
-ENTRIES_MAX = 2048
+ENTRIES_MAX = 1024
+WANTED_MAX = 256
+PARTS_MAX = 256
 RECORDS_MAX = 64
 LOTS_PER_RECORD_MAX = 4096
 COPIES_MAX = 8
@@ -36,6 +43,7 @@ BID_MAX = 2**62
 _NODE_ID = re.compile(r"[0-9a-f]{16}\Z")
 _MODEL = re.compile(r"[0-9a-f]{64}\Z")
 _FINGERPRINT = re.compile(r"(?:[0-9a-f]{16})?\Z")
+_SUMS = re.compile(r"(?:[0-9a-f]{8}){1,256}\Z")
 _HOST = re.compile(r"[A-Za-z0-9._:%\-]*\Z")
 
 
@@ -81,32 +89,73 @@ class Record:
     epoch: int = 0
     fingerprint: str = ""
     """Of the route table it uses: 16 hex digits, or empty."""
+    _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """Its text, once made: a record never changes and is given to many."""
+
+    def to_json(self) -> str:
+        """As it travels inside a delta."""
+        if not self._json:
+            self._json.append(_compact(_record_to_json(self)))
+        return self._json[0]
 
 
-class DigestEntry(NamedTuple):
-    """What the sender knows of one device: versions only."""
+class Entry(NamedTuple):
+    """What the sender knows of one device: versions and state only."""
 
     node: NodeId
     incarnation: int
     seq: int
+    """Of the record that the sender holds; 0: it has none of this incarnation."""
     heartbeat: int
+    """The latest sign of life that the sender knows of, directly or not."""
     status: Status
+    accuser: NodeId | None = None
+    """Who came to suspect it by itself; only with SUSPECT."""
 
 
 @dataclass(frozen=True, slots=True)
-class Digest:
-    """Published at every heartbeat; sent with `ask` to one device to hear what is newer there."""
+class Beat:
+    """To all who listen, at every heartbeat and when there are news: "I live and know this"."""
 
     swarm: str
     sender: NodeId
     incarnation: int
-    entries: tuple[DigestEntry, ...]
-    ask: bool = False
+    seq: int
+    heartbeat: int
+    view: str
+    """Fingerprint of everything the sender knows: 16 hex digits."""
+    news: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """To one device: which parts of our views differ, and give me these records."""
+
+    swarm: str
+    sender: NodeId
+    incarnation: int
+    sums: tuple[int, ...] = ()
+    """32 bits for each part of the sender's view: 1, 2, 4 … PARTS_MAX; empty: no question."""
+    wanted: tuple[NodeId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """To one device: all that the sender knows of some parts, or where it knows better."""
+
+    swarm: str
+    sender: NodeId
+    incarnation: int
+    entries: tuple[Entry, ...]
+    parts: int = 0
+    """How many parts the view was cut into; 0: `entries` is not complete for any part."""
+    differing: tuple[int, ...] = ()
+    """The parts of which `entries` names every present device; ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Records: the sender's own when it changed, or the answer to an asking digest."""
+    """Records: the sender's own when it changed, or those that were asked for."""
 
     swarm: str
     sender: NodeId
@@ -114,30 +163,78 @@ class Delta:
     records: tuple[Record, ...]
 
 
-Message = Digest | Delta
+Message = Beat | Ask | Digest | Delta
 
 
 def encode(message: Message) -> bytes:
     """One message as compact JSON, at most MESSAGE_BYTES_MAX bytes (the node sizes its deltas)."""
-    head = {
-        "v": VERSION,
-        "kind": KIND_DIGEST if isinstance(message, Digest) else KIND_DELTA,
-        "swarm": message.swarm,
-        "from": message.sender,
-        "inc": message.incarnation,
-    }
-    if isinstance(message, Digest):
-        body: dict[str, Any] = {"members": [[*e[:4], int(e.status)] for e in message.entries]}
-        body["ask"] = int(message.ask)
-    else:
-        body = {"records": [_record_to_json(record) for record in message.records]}
-    data = json.dumps(head | body, separators=(",", ":")).encode()
+    body: dict[str, Any]
+    match message:
+        case Beat():
+            kind, body = KIND_BEAT, {"seq": message.seq, "beat": message.heartbeat}
+            body["view"] = message.view
+            if message.news:
+                body["news"] = [_entry_to_json(entry) for entry in message.news]
+        case Ask():
+            kind, body = KIND_ASK, {}
+            if message.sums:
+                body["sums"] = "".join(f"{part:08x}" for part in message.sums)
+            if message.wanted:
+                body["wanted"] = message.wanted
+        case Digest():
+            kind, body = KIND_DIGEST, {"members": [_entry_to_json(e) for e in message.entries]}
+            if message.parts:
+                body |= {"parts": message.parts, "differing": message.differing}
+        case Delta():
+            kind, body = KIND_DELTA, {"records": []}
+    head = {"v": VERSION, "kind": kind, "swarm": message.swarm, "from": message.sender}
+    head["inc"] = message.incarnation
+    text = _compact(head | body)
+    if isinstance(message, Delta):  # their texts exist already
+        text = f"{text[:-2]}{','.join(record.to_json() for record in message.records)}]}}"
+    data = text.encode()
     assert len(data) <= MESSAGE_BYTES_MAX, f"{len(data)} bytes: the sender must split its deltas"
     return data
 
 
 def decode(data: bytes) -> Message:
     """The inverse of `encode`. Raises FrameError on anything malformed; never anything else."""
+    value = _json_object(data)
+    head = (
+        _text(value, "swarm", NAME_CHARS_MAX),
+        _node(value.get("from")),
+        _int(value.get("inc"), "inc", COUNTER_MAX),
+    )
+    kind = value.get("kind")
+    if kind == KIND_BEAT:
+        return Beat(
+            *head,
+            _int(value.get("seq"), "seq", COUNTER_MAX),
+            _int(value.get("beat"), "beat", COUNTER_MAX),
+            _match(value.get("view"), _FINGERPRINT, "view"),
+            _entries(value, "news") if "news" in value else (),
+        )
+    if kind == KIND_ASK:
+        sums = _sums(value["sums"]) if "sums" in value else ()
+        wanted = _list(value, "wanted", WANTED_MAX) if "wanted" in value else []
+        nodes = tuple(_node(item) for item in wanted)
+        _distinct(nodes, "wanted")
+        return Ask(*head, sums, nodes)
+    if kind == KIND_DIGEST:
+        entries = _entries(value, "members")
+        return Digest(*head, entries, *_differing(value))
+    if kind == KIND_DELTA:
+        records = tuple(_record(row) for row in _list(value, "records", RECORDS_MAX))
+        return Delta(*head, records)
+    raise FrameError(f"unknown kind of control message {str(kind)[:16]}: ignored")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """A JSON object of this protocol's version. Raises FrameError."""
     if len(data) > MESSAGE_BYTES_MAX:
         raise FrameError(
             f"control message of {len(data)} bytes, allowed are {MESSAGE_BYTES_MAX}: ignored"
@@ -153,18 +250,7 @@ def decode(data: bytes) -> Message:
             f"control message of protocol version {str(value.get('v'))[:16]}, this device speaks"
             f" {VERSION}: update the older device"
         )
-    swarm = _text(value, "swarm", NAME_CHARS_MAX)
-    sender = _node(value.get("from"))
-    incarnation = _int(value.get("inc"), "inc", COUNTER_MAX)
-    kind = value.get("kind")
-    if kind == KIND_DIGEST:
-        entries = tuple(_entry(row) for row in _list(value, "members", ENTRIES_MAX))
-        _distinct((entry.node for entry in entries), "members")
-        return Digest(swarm, sender, incarnation, entries, _int(value.get("ask"), "ask", 1) == 1)
-    if kind == KIND_DELTA:
-        records = tuple(_record(row) for row in _list(value, "records", RECORDS_MAX))
-        return Delta(swarm, sender, incarnation, records)
-    raise FrameError(f"unknown kind of control message {str(kind)[:16]}: ignored")
+    return value
 
 
 # ---- records -------------------------------------------------------------------------------
@@ -268,16 +354,55 @@ def _claims(rows: list[Any]) -> tuple[Claim, ...]:
 # ---- leaves --------------------------------------------------------------------------------
 
 
-def _entry(row: Any) -> DigestEntry:
-    if not isinstance(row, list) or len(row) != 5:
-        raise FrameError("a digest entry has the wrong shape: message ignored")
-    return DigestEntry(
+def _entry_to_json(entry: Entry) -> list[Any]:
+    row = [*entry[:4], int(entry.status)]
+    return row if entry.accuser is None else [*row, entry.accuser]
+
+
+def _entry(row: Any) -> Entry:
+    if not isinstance(row, list) or not 5 <= len(row) <= 6:
+        raise FrameError("an entry has the wrong shape: message ignored")
+    status = Status(_int(row[4], "status", Status.LEFT))
+    if len(row) == 6 and status != Status.SUSPECT:
+        raise FrameError("an accuser of a device that is not suspected: message ignored")
+    return Entry(
         _node(row[0]),
         _int(row[1], "inc", COUNTER_MAX),
         _int(row[2], "seq", COUNTER_MAX),
         _int(row[3], "heartbeat", COUNTER_MAX),
-        Status(_int(row[4], "status", Status.LEFT)),
+        status,
+        _node(row[5]) if len(row) == 6 else None,
     )
+
+
+def _entries(value: dict[str, Any], key: str) -> tuple[Entry, ...]:
+    entries = tuple(_entry(row) for row in _list(value, key, ENTRIES_MAX))
+    _distinct((entry.node for entry in entries), key)
+    return entries
+
+
+def _power_of_two(count: int) -> int:
+    if count & (count - 1):
+        raise FrameError(f"a view in {count} parts, not in a power of two: message ignored")
+    return count
+
+
+def _sums(text: Any) -> tuple[int, ...]:
+    _match(text, _SUMS, "sums")
+    _power_of_two(len(text) // 8)
+    return tuple(int(text[at : at + 8], 16) for at in range(0, len(text), 8))
+
+
+def _differing(value: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
+    if "parts" not in value:
+        return 0, ()
+    parts = _power_of_two(_int(value["parts"], "parts", PARTS_MAX, least=1))
+    indices = tuple(
+        _int(item, "differing", parts - 1) for item in _list(value, "differing", PARTS_MAX)
+    )
+    if any(a >= b for a, b in pairwise(indices)):
+        raise FrameError("the parts that differ are not ascending: message ignored")
+    return parts, indices
 
 
 def _refuse_constant(text: str) -> None:

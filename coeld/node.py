@@ -65,7 +65,9 @@ class Node:
         self._barred: set[Lot] = set()
         self._seen_market = self._seen_supply = self._seen_marks = -1
         self._planned_at = float("-inf")
-        self._started = self._left = False
+        self._left = False
+        self._due = float("-inf")
+        self._stepped = (-1, -1, -1)
         self._out: list[Effect] = []
 
     # ---- in and out ------------------------------------------------------------------------
@@ -73,23 +75,24 @@ class Node:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, on the clock that `step` is given."""
-        bid_at = self._bid_at if self._bid_wanted else float("inf")
-        timers = [at for at in self._rests() if at > self._planned_at]
-        return min(self.perception.due, bid_at, self.migration.retry_at(self._planned_at), *timers)
+        return self._due
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """What to do about `event`; `now` is monotonic, in seconds."""
         if self._left:
             return []
-        if self._started and now >= self.deadline:
-            self.perception.membership.woke(max(0.0, now - self.deadline), now)
-        self._started = True
+        if now >= self._due > float("-inf"):
+            self.perception.membership.woke(now - self._due, now)
         self._absorb(event, now)
+        if isinstance(event, MessageReceived) and self._unmoved(now):
+            return []
         self.perception.tick(now)
         self._bid(now)
         self._plan(now)
         self._out += self.perception.flush(now)
         out, self._out = self._out, []
+        self._due = self._next_due()
+        self._stepped = self._versions()
         return out
 
     def leave(self) -> list[Effect]:
@@ -101,11 +104,29 @@ class Node:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
         counters = {
             **self.perception.counters,
+            "twin": self.perception.oneself.twins,
+            "flooded": self.perception.admission.refused,
             "table_full": self.perception.membership.ignored_full,
             "stale_engine_reports": self.stale_reports,
         }
         switch = self.switchover
         return describe(self.perception, self.demand, switch.table, switch.fingerprint, counters)
+
+    def _next_due(self) -> float:
+        bid_at = self._bid_at if self._bid_wanted else float("inf")
+        timers = [at for at in self._rests() if at > self._planned_at]
+        return min(self.perception.due, bid_at, self.migration.retry_at(self._planned_at), *timers)
+
+    def _versions(self) -> tuple[int, int, int]:
+        return self.perception.market, self.perception.supply, self.perception.marks
+
+    def _unmoved(self, now: float) -> bool:
+        """Has a message changed nothing? Most do not: then no stage needs to look."""
+        return (
+            now < self._due <= self.perception.due
+            and self.perception.silent
+            and self._versions() == self._stepped
+        )
 
     # ---- the stages ------------------------------------------------------------------------
 
@@ -115,7 +136,9 @@ class Node:
                 pass
             case MessageReceived(sender, message):
                 self.perception.hear(sender, message, now)
-            case NeighbourLost(node) | CallFailed(node):
+            case NeighbourLost(node):
+                self.perception.lost(node, now)
+            case CallFailed(node):
                 self.perception.membership.suspect(node, now)
             case ResourcesSampled(resources):
                 if self.told.sample(resources):

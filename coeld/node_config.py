@@ -20,20 +20,21 @@ class NodeConfig:
     mqtt_port: int | None = None
     """1..65535, or None when external brokers are used."""
     heartbeat_ms: int = 500
-    """50..60000. Shorter finds failures sooner and repairs lost messages sooner; costs one digest
-    (about 50 bytes per known device) to each listener per beat."""
+    """50..60000. Shorter finds failures sooner and repairs lost messages sooner; costs about 160
+    bytes to each neighbour per beat, whatever the size of the swarm."""
     silence_ms: int = 3000
     """2..100 × heartbeat_ms. Silence that makes a device suspect when nothing else told of its
     failure. Shorter is quicker and accuses busy devices more often."""
     suspicion_ms: int = 1000
     """1..100 × heartbeat_ms. How long a suspect may refute before it counts as dead and its lots
-    go to others. Multiplied by up to 8 while this device itself runs late (Lifeguard)."""
+    go to others, if others confirm; up to 3 times as long if nobody does. Multiplied by up to 8
+    while this device itself runs late (Lifeguard)."""
     forget_ms: int = 600_000
     """10 × silence_ms or more. How long the dead and the left are remembered, so that old news of
-    them cannot revive them. Longer costs 50 bytes per digest and device that has gone."""
+    them cannot revive them. Longer costs memory only."""
     neighbours_max: int = 8
-    """2..64. Other brokers to listen to; a full mesh up to this size. More finds news sooner, and
-    load per device grows with it."""
+    """2..64, even. Other brokers to listen to; a full mesh up to this size, beyond it two on each
+    of half as many rings. More finds news sooner, and load per device grows with it."""
     replicas_max: int = 2
     """1..8 owners of a lot, where memory allows. More survives more failures at once without a
     pause; costs memory and start-up time."""

@@ -1,1 +1,1 @@
-"""Compression: how weights are stored in few bits. Pure: arrays in, arrays out."""
+"""Compression: weights in few bits, rows in few bytes, and what that costs. Pure."""

@@ -29,6 +29,8 @@ from coeld.net.mqtt_topics import Card, Topics, node_of_client
 LINKS_MAX: Final = 64
 GIVE_UP_S: Final = 30.0
 """That a neighbour which is no seed may be unreachable before its link is forgotten."""
+LONELY_S: Final = 5.0
+"""Between two looks whether anybody is heard at all."""
 COMPLAIN_S: Final = 60.0
 """Between two log lines about malformed messages."""
 PEERS_COUNTED_MAX: Final = 32
@@ -83,9 +85,13 @@ class ControlBus:
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
-                for address in self._options.brokers or self._options.seeds:
+                for address in self._options.brokers:
                     self._listen_at(address, give_up_s=None)
-                await asyncio.Event().wait()
+                while True:  # seeds are an introduction: come back to them when nobody is heard
+                    if not any(link.up for link in self._links.values()):
+                        for address in self._options.seeds:
+                            self._listen_at(address, give_up_s=None)
+                    await asyncio.sleep(LONELY_S)
         finally:
             self._group = None
             if self._broker:
@@ -104,6 +110,12 @@ class ControlBus:
         if any(link.node == node and link.up for link in self._links.values()):
             return
         self._listen_at((host, port), give_up_s=GIVE_UP_S)
+
+    def disconnect(self, node: NodeId) -> None:
+        """Listen to this neighbour's broker no more; no effect with own brokers."""
+        for address, link in self._links.items():
+            if self._broker and link.node == node:
+                self._tasks[address].cancel()
 
     def status(self) -> dict[str, Any]:
         """For `coeld status`."""

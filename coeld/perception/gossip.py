@@ -1,27 +1,27 @@
 """Records: one per device, written by it alone, spread until everybody holds the newest. Pure.
 
 Merging keeps the record with the larger (incarnation, seq): commutative, associative, idempotent,
-so loss, repetition and any order are harmless. A digest names the versions that its sender holds
-(Scuttlebutt reconciliation: van Renesse et al., 2008); whoever sees that it is behind asks one of
-those who are ahead, and nobody is told what nobody missed.
+so loss, repetition and any order are harmless. Versions travel ahead of records: whoever sees that
+it is behind asks one of those who are ahead, and nobody is told what nobody missed (Scuttlebutt
+reconciliation: van Renesse et al., 2008).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from collections.abc import Iterable
 
-from coeld.ids import NodeId
-from coeld.messages import RECORDS_MAX, DigestEntry, Record
+from coeld.messages import ENTRIES_MAX, RECORDS_MAX, Entry, Record, Status
+from coeld.perception.fingerprint import part_of
+from coeld.perception.membership import precedence
 
 DELTA_BYTES_MAX = 200 * 1024  # estimated; leaves room below MESSAGE_BYTES_MAX
 RECORD_BYTES = 700
 LOT_BYTES = 40  # more than one run of one lot takes
 
 Version = tuple[int, int]
-NOTHING: Version = (0, 0)  # a digest shows seq 0 for a device of which it has no record
+NOTHING: Version = (0, 0)
 
 
-def version(record: Record) -> Version:
-    return record.incarnation, record.seq
+def version(what: Record | Entry) -> Version:
+    return what.incarnation, what.seq
 
 
 def newer(fresh: Record, held: Record | None) -> bool:
@@ -32,31 +32,7 @@ def newer(fresh: Record, held: Record | None) -> bool:
     """
     if held is None or version(fresh) != version(held):
         return held is None or version(fresh) > version(held)
-    return fresh != held and repr(astuple(fresh)) > repr(astuple(held))
-
-
-def behind(
-    entries: Iterable[DigestEntry], held: Mapping[NodeId, Record], me: NodeId
-) -> dict[NodeId, Version]:
-    """Devices of which a digest shows newer records than `held`, with the version there."""
-    return {
-        entry.node: (entry.incarnation, entry.seq)
-        for entry in entries
-        if entry.node != me
-        and entry.seq > 0
-        and (entry.incarnation, entry.seq)
-        > (version(held[entry.node]) if entry.node in held else NOTHING)
-    }
-
-
-def ahead(entries: Iterable[DigestEntry], held: Mapping[NodeId, Record]) -> list[Record]:
-    """Records that are newer here than a digest shows."""
-    shown = {entry.node: (entry.incarnation, entry.seq) for entry in entries}
-    return [
-        record
-        for origin, record in sorted(held.items())
-        if version(record) > shown.get(origin, NOTHING)
-    ]
+    return fresh != held and fresh.to_json() > held.to_json()
 
 
 def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
@@ -71,3 +47,53 @@ def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
         groups[-1].append(record)
         room -= size
     return [tuple(group) for group in groups]
+
+
+def market(record: Record) -> tuple[object, ...]:
+    """What the auction looks at."""
+    return record.incarnation, record.model, record.claims, record.memory_budget_bytes
+
+
+def supply(record: Record) -> tuple[object, ...]:
+    """What routes and links are made of."""
+    return (
+        record.incarnation,
+        record.model,
+        record.serving,
+        record.data_host,
+        record.data_port,
+        record.mqtt_host,
+        record.mqtt_port,
+    )
+
+
+def marks(record: Record) -> tuple[object, ...]:
+    """Which route table it uses."""
+    return record.epoch, record.fingerprint
+
+
+def improves(ours: Entry, theirs: Entry | None) -> bool:
+    """Would whoever showed `theirs` learn from `ours`? A later heartbeat alone is no news."""
+    if theirs is None or version(ours) > version(theirs):
+        return True
+    return ours.status != theirs.status and precedence(*_state(ours)) > precedence(*_state(theirs))
+
+
+def _state(entry: Entry) -> tuple[int, int, Status]:
+    return entry.incarnation, entry.heartbeat, entry.status
+
+
+def sections(
+    entries: Iterable[Entry], parts: int, differing: Iterable[int]
+) -> list[tuple[list[int], list[Entry]]]:
+    """Entries grouped by part, in groups of whole parts of at most ENTRIES_MAX entries."""
+    inside: dict[int, list[Entry]] = {part: [] for part in differing}
+    for entry in entries:
+        inside[part_of(entry.node, parts)].append(entry)
+    groups: list[tuple[list[int], list[Entry]]] = []
+    for part, found in inside.items():
+        if not groups or len(groups[-1][1]) + len(found) > ENTRIES_MAX:
+            groups.append(([], []))
+        groups[-1][0].append(part)
+        groups[-1][1].extend(found[:ENTRIES_MAX])
+    return groups

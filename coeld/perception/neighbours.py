@@ -1,34 +1,51 @@
-"""Whose broker to listen to: everyone in a small swarm, a bounded set in a large one. Pure.
+"""Whom to listen to and to watch: everyone in a small swarm, a bounded set in a large one. Pure.
 
-Half of the bounded set are the next devices on a ring ordered by a hash of their ids: following
-those alone reaches everybody, so the graph is connected. The other half is random, which makes
-its diameter small. A choice is kept while the device lives.
+All devices lie on several rings, each in the order of another hash of their ids; the neighbours of
+a device are the next and the previous one on each. So being neighbours is mutual as soon as both
+know the same devices, every device has the same bounded load, a join or a failure changes the
+choice of two devices per ring, and nobody has to agree on anything. The union of a few random
+rings is an expander (Law, Siu: "Distributed construction of random expander networks", 2003): news
+needs O(log N) hops, and it stays connected when many devices fail.
 """
 
 import hashlib
-from collections.abc import Iterable
+from bisect import bisect_left, insort
 from functools import lru_cache
-from random import Random
 
 from coeld.ids import NodeId
 
 
-@lru_cache(maxsize=4096)
-def ring_position(node: NodeId) -> bytes:
-    return hashlib.sha256(node.encode()).digest()
+@lru_cache(maxsize=8192)
+def positions(node: NodeId, rings: int) -> tuple[int, ...]:
+    """Where a device lies on each ring: 64 bits per ring."""
+    data = hashlib.shake_256(node.encode()).digest(8 * rings)
+    return tuple(int.from_bytes(data[at : at + 8], "big") for at in range(0, 8 * rings, 8))
 
 
-def choose(
-    me: NodeId, alive: Iterable[NodeId], chosen: set[NodeId], most: int, rng: Random
-) -> set[NodeId]:
-    """The devices to listen to; `chosen` is the choice before."""
-    others = sorted(alive, key=ring_position)
-    if len(others) <= most:
-        return set(others)
-    mine = ring_position(me)
-    after = [node for node in others if ring_position(node) > mine]
-    ring = (after + others)[: most // 2]
-    kept = [node for node in others if node in chosen and node not in ring]
-    rest = [node for node in others if node not in chosen and node not in ring]
-    random = (kept + rng.sample(rest, len(rest)))[: most - len(ring)]
-    return {*ring, *random}
+class Rings:
+    """The present devices other than `me`; at most `most` of them are neighbours, 2 per ring."""
+
+    def __init__(self, me: NodeId, most: int) -> None:
+        self._me, self._most = me, most
+        self._rings: list[list[tuple[int, NodeId]]] = [[] for _ in range(most // 2)]
+        self._others: set[NodeId] = set()
+
+    def put(self, node: NodeId, present: bool) -> None:
+        """Note whether a device is there."""
+        if present == (node in self._others):
+            return
+        for ring, place in zip(self._rings, positions(node, len(self._rings)), strict=True):
+            if present:
+                insort(ring, (place, node))
+            else:
+                del ring[bisect_left(ring, (place, node))]
+        (self._others.add if present else self._others.discard)(node)
+
+    def neighbours(self) -> set[NodeId]:
+        if len(self._others) <= self._most:
+            return set(self._others)
+        chosen = set()
+        for ring, place in zip(self._rings, positions(self._me, len(self._rings)), strict=True):
+            at = bisect_left(ring, (place, self._me))
+            chosen |= {ring[at % len(ring)][1], ring[at - 1][1]}
+        return chosen

@@ -1,27 +1,48 @@
 """The perceiving stage as one: hears messages and signs of failure, tells what this device is.
 
 It keeps the swarm's records and members and turns them into messages to send; it decides nothing
-about lots. Own news is published at once (together, once per step), except marks of the route
-table, which wait for the next heartbeat because nobody waits for them. Three versions count what
-changed: `market` (who bids what), `supply` (who serves what, at which address) and `marks` (who
-announces which epoch).
+about lots. What a device sends at rest does not depend on the size of the swarm: a beat with one
+fingerprint, to a bounded set of neighbours. Own news is published at once (together, once per
+step), except what nobody waits for; news of others is passed on once, as versions, and whoever
+lacks a record asks for it. Views that differ although nothing is under way are compared part by
+part. Three versions count what changed: `market` (who bids what), `supply` (who serves what, at
+which address) and `marks` (who announces which epoch).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from random import Random
 from typing import Any
 
-from coeld.effects import Connect, Effect, Publish, Report, Send
+from coeld.effects import Effect, Publish, Report, Send
 from coeld.ids import NodeId
-from coeld.messages import COUNTER_MAX, Delta, Digest, DigestEntry, Message, Record, Status
+from coeld.messages import (
+    ENTRIES_MAX,
+    WANTED_MAX,
+    Ask,
+    Beat,
+    Delta,
+    Digest,
+    Entry,
+    Message,
+    Record,
+    Status,
+)
 from coeld.node_config import NodeConfig
-from coeld.perception import gossip, neighbours
+from coeld.perception import gossip
+from coeld.perception.admission import Admission
+from coeld.perception.comparing import Comparing, differing
+from coeld.perception.fingerprint import Fingerprints, part_of, parts_for
+from coeld.perception.links import Address, Links
 from coeld.perception.membership import Member, Membership
+from coeld.perception.neighbours import Rings
+from coeld.perception.oneself import Oneself, Reaction
+from coeld.perception.rumours import Rumours
 
 ASK_AGAIN_S = 0.25
 """Before asking a second device for the same record, or answering the same device again."""
-REPORT_TWIN_S = 60.0
+LAZY_PER_S = 32
+"""What nobody waits for, in records per second of the whole swarm."""
 
 
 class Perception:
@@ -31,24 +52,37 @@ class Perception:
         self, node: NodeId, incarnation: int, config: NodeConfig, rng: Random, now: float = 0.0
     ) -> None:
         self.me = Record(node, incarnation, 1, config.name, config.mqtt_host, config.mqtt_port or 0)
+        self._told = self.me
+        """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}
-        self.membership = Membership(config, self._changed)
+        self.membership = Membership(node, config, self._changed)
+        self.rings = Rings(node, config.neighbours_max)
+        self.links = Links(rng)
         self.market = 0
         self.supply = 0
         self.marks = 0
-        self.counters = {"other_swarm": 0, "forged_sender": 0, "twin": 0, "stale": 0}
+        self.counters = {"other_swarm": 0, "forged_sender": 0, "stale": 0}
+        self.admission = Admission()
+        grown_up_s = 2 * config.silence_ms / 1000
+        self.oneself = Oneself(node, config.heartbeat_ms / 1000, grown_up_s)
         self._config = config
+        self._embedded = config.mqtt_port is not None
         self._rng = rng
+        self._beat_s = config.heartbeat_ms / 1000
         self._heartbeat = 0
-        self._beat_at = now
-        self._last_beat_at = self._published_at = now
+        self._beat_at = self._spoke_at = self._published_at = now
         self._urgent = self._lazy = True
-        self._raised_at = self._twin_at = float("-inf")
-        self._started_at: float | None = None
+        self._accused_at = float("-inf")
+        self._view = Fingerprints()
+        self._view.note(node, incarnation, 1, Status.ALIVE)
+        self._rumours = Rumours()
+        self._objected: dict[NodeId, float] = {}
+        """When we last contradicted old news of a device."""
+        self._comparing = Comparing(self._beat_s)
+        self._asks: dict[NodeId, list[NodeId]] = {}
         self._asked: dict[NodeId, tuple[gossip.Version, float]] = {}
-        self._answered: dict[NodeId, float] = {}
-        self._listening: dict[NodeId, tuple[int, str, int]] = {}
-        self._listened = (-1, -1)
+        self._rewired = False
+        """Did something change that the choice of neighbours depends on?"""
         self._outbox: list[Effect] = []
 
     # ---- what others may read ------------------------------------------------------------
@@ -71,6 +105,11 @@ class Perception:
         return {member.node for member in members if member.status == Status.SUSPECT}
 
     @property
+    def view(self) -> str:
+        """Fingerprint of all that is known: equal on devices that know the same."""
+        return self._view.whole
+
+    @property
     def complete(self) -> bool:
         """Is the record of every present device known?"""
         return all(self.record(member) is not None for member in self.membership.present())
@@ -78,6 +117,17 @@ class Perception:
     @property
     def due(self) -> float:
         return min(self._beat_at, self.membership.due)
+
+    @property
+    def silent(self) -> bool:
+        """Is there nothing that `flush` would say before `due`?"""
+        return not (
+            self._outbox
+            or self._asks
+            or self._urgent
+            or (self._rewired and self._small)
+            or self.membership.verdicts
+        )
 
     # ---- in ------------------------------------------------------------------------------
 
@@ -88,12 +138,25 @@ class Perception:
         elif sender != message.sender:
             self.counters["forged_sender"] += 1
         elif sender == self.me.origin:
-            self._hear_myself(message, now)
-        elif isinstance(message, Digest):
-            self._hear_digest(message, now)
-        else:
-            for record in message.records:
-                self._hear_record(record, now)
+            self.oneself.hear_myself(message, self.me, self._heartbeat, now)
+        elif self.admission.admit(sender, now):
+            self.links.heard[sender] = now
+            match message:
+                case Beat():
+                    self._hear_beat(message, now)
+                case Delta(records=records):
+                    for record in records:
+                        self._hear_record(record, now)
+                case Digest():
+                    self._hear_digest(message, now)
+                case Ask():
+                    self._answer(message, now)
+
+    def lost(self, node: NodeId, now: float) -> None:
+        """A link to or from `node` broke: a reason to suspect a neighbour, and nobody else."""
+        member = self.membership.members.get(node)
+        if member is not None and member.watched:
+            self.membership.suspect(node, now)
 
     def tell(self, urgent: bool = True, **changes: Any) -> None:
         """Change this device's own record."""
@@ -106,30 +169,36 @@ class Perception:
         self._lazy = True
 
     def tick(self, now: float) -> None:
-        if self._started_at is None:
-            self._started_at = now
+        self.oneself.lives(now)
         for node in self.membership.tick(now):
-            self.held.pop(node, None)
-            self._asked.pop(node, None)
-            self._answered.pop(node, None)
+            self._comparing.forget(node)
+            for known in (self.held, self._asked, self._objected):
+                known.pop(node, None)
 
     # ---- out -----------------------------------------------------------------------------
 
     def flush(self, now: float) -> list[Effect]:
         """Everything that has to be said now."""
         beat = now >= self._beat_at
-        self._listen()
-        if self._urgent or (beat and self._lazy):
+        self._rewire(beat, now)
+        for node in self.membership.verdicts:
+            self._tell_of(node, True, now)
+        self.membership.verdicts.clear()
+        lazy_s = self.membership.present_count / LAZY_PER_S
+        if self._urgent or (beat and self._lazy and now - self._published_at >= lazy_s):
             self.me = replace(self.me, seq=self.me.seq + 1)
+            self._view.note(self.me.origin, *gossip.version(self.me), Status.ALIVE)
             self._urgent = self._lazy = False
             self._published_at = now
+            self._told = self.me
             self._outbox.append(Publish(self._delta((self.me,))))
-        if beat:
-            self._heartbeat += 1
-            self._last_beat_at = now
-            jitter = self._rng.uniform(0.9, 1.1)
-            self._beat_at = now + jitter * self._config.heartbeat_ms / 1000
-            self._outbox.append(Publish(self._digest()))
+        for device, nodes in self._asks.items():
+            for at in range(0, len(nodes), WANTED_MAX):
+                self._send_ask(device, wanted=tuple(nodes[at : at + WANTED_MAX]))
+        self._asks.clear()
+        if now >= self._beat_at:
+            self._outbox.append(Publish(self._beat(now)))
+        self._outbox += self.oneself.reports()
         out, self._outbox = self._outbox, []
         return out
 
@@ -137,186 +206,280 @@ class Perception:
         """Say goodbye: nothing is held any more, do not wait for suspicion."""
         self.me = replace(self.me, seq=self.me.seq + 1, model=None, claims=(), serving=())
         self._heartbeat += 1
-        return [Publish(self._delta((self.me,))), Publish(self._digest(Status.LEFT))]
+        farewell = self._entry_of_me(Status.LEFT)
+        return [Publish(self._delta((self.me,))), Publish(self._say((farewell,)))]
 
-    def _digest(self, status: Status = Status.ALIVE, ask: bool = False) -> Digest:
-        mine = DigestEntry(
-            self.me.origin, self.me.incarnation, self.me.seq, self._heartbeat, status
-        )
-        others = []
-        for member in self.membership.members.values():
-            record = self.record(member)
-            seq = record.seq if record else 0
-            others.append(
-                DigestEntry(member.node, member.incarnation, seq, member.heartbeat, member.status)
-            )
-        sender = self.me.origin, self.me.incarnation
-        return Digest(self._config.swarm, *sender, (mine, *others), ask)
+    def _beat(self, now: float) -> Beat:
+        """A sign of life, with the oldest news on board."""
+        self._heartbeat += 1
+        self._spoke_at = now
+        self._beat_at = now + self._rng.uniform(0.9, 1.1) * self._beat_s
+        members = self.membership.members
+        entries = [self._entry(members[n]) for n in self._rumours.take() if n in members]
+        self._beat_at = min(self._beat_at, now + self._rumours.pause_s)
+        return self._say(tuple(entries))
+
+    def _say(self, news: tuple[Entry, ...]) -> Beat:
+        me = self.me
+        head = self._config.swarm, me.origin, me.incarnation, me.seq, self._heartbeat
+        return Beat(*head, self.view, news)
 
     def _delta(self, records: tuple[Record, ...]) -> Delta:
         return Delta(self._config.swarm, self.me.origin, self.me.incarnation, records)
 
-    def _listen(self) -> None:
-        """Ask for links to the brokers of chosen neighbours, once per life and address."""
-        if self._listened == (self.market, self.supply):
-            return
-        self._listened = (self.market, self.supply)
-        offers = {}
-        for member in self.membership.members.values():
-            record = self.record(member) if member.status == Status.ALIVE else None
-            if record and record.mqtt_port:
-                offers[member.node] = (record.incarnation, record.mqtt_host, record.mqtt_port)
-            elif not member.present:
-                self._listening.pop(member.node, None)
-        chosen = neighbours.choose(
-            self.me.origin,
-            offers,
-            set(self._listening),
-            self._config.neighbours_max,
-            self._rng,
+    def _send_ask(
+        self, to: NodeId, sums: tuple[int, ...] = (), wanted: tuple[NodeId, ...] = ()
+    ) -> None:
+        me = self.me
+        ask = Ask(self._config.swarm, me.origin, me.incarnation, sums, wanted)
+        self._outbox.append(Send(to, ask))
+
+    def _entry(self, member: Member) -> Entry:
+        record = self.record(member)
+        return Entry(
+            member.node,
+            member.incarnation,
+            record.seq if record else 0,
+            member.heartbeat,
+            member.status,
+            self._accuser(member),
         )
-        for node in sorted(chosen):
-            if self._listening.get(node) != offers[node]:
-                self._listening[node] = offers[node]
-                self._outbox.append(Connect(node, offers[node][1], offers[node][2]))
+
+    def _accuser(self, member: Member) -> NodeId | None:
+        """Whom to name: ourselves if we are one, for that is news that only we can bring."""
+        if member.status != Status.SUSPECT or not member.accusers:
+            return None
+        return self.me.origin if self.me.origin in member.accusers else min(member.accusers)
+
+    def _entry_of_me(self, status: Status = Status.ALIVE) -> Entry:
+        return Entry(self.me.origin, *gossip.version(self.me), self._heartbeat, status)
+
+    def _rewire(self, beat: bool, now: float) -> None:
+        """Choose neighbours; in a large swarm, where that costs time, mostly once per heartbeat."""
+        if self._rewired and (beat or self._small):
+            self._rewired = False
+            members = self.membership.members
+            before = self.links.neighbours
+            chosen = self.rings.neighbours()
+            for node in sorted(before - chosen):
+                self.membership.watch(node, False, now)
+            for node in sorted(chosen - before):
+                self.membership.watch(node, True, now)
+            addresses = self._addresses(members[node] for node in chosen)
+            self._outbox += self.links.choose(chosen, addresses)
+        if beat and self._embedded:
+            gone = self._addresses(self.membership.gone())
+            self._outbox += self.links.review(gone, now)
+
+    @property
+    def _small(self) -> bool:
+        return self.membership.present_count <= 2 * self._config.neighbours_max
+
+    def _addresses(self, members: Iterable[Member]) -> dict[NodeId, Address]:
+        found = {}
+        for member in members:
+            record = self.held.get(member.node)
+            if record and record.mqtt_port:
+                found[member.node] = (record.incarnation, record.mqtt_host, record.mqtt_port)
+        return found
+
+    def _relay(self, node: NodeId, now: float) -> None:
+        """Pass on what is new of a device, if there are some who do not hear everybody.
+
+        That one has come is told once its record is here to be given.
+        """
+        member = self.membership.members.get(node)
+        if not self._embedded or self.membership.present_count <= self._config.neighbours_max:
+            return
+        if member and (member.status > Status.ALIVE or self.record(member)):
+            self._tell_of(node, member.status > Status.ALIVE, now)
+
+    def _tell_of(self, node: NodeId, alarm: bool, now: float) -> None:
+        """Have what is known of a device on board of a beat that comes early."""
+        self._rumours.add(node, alarm)
+        self._beat_at = min(self._beat_at, max(now, self._spoke_at + self._rumours.pause_s))
 
     # ---- hearing -------------------------------------------------------------------------
 
-    def _hear_digest(self, digest: Digest, now: float) -> None:
-        for entry in digest.entries:
-            if entry.node == self.me.origin:
-                self._hear_about_me(entry, now)
+    def _hear_beat(self, beat: Beat, now: float) -> None:
+        sender = beat.sender
+        self._hear_entry(
+            Entry(sender, beat.incarnation, beat.seq, beat.heartbeat, Status.ALIVE), sender, now
+        )
+        for entry in beat.news:
+            if self._knows(entry):
+                self._rumours.heard_again(entry.node)
             else:
-                self.membership.apply(entry, now)
-        if digest.sender not in self.membership.members:
+                self._hear_entry(entry, sender, now)
+        if beat.view == self._view.whole:
+            self._comparing.agrees(sender)
+        elif sender in self.membership.members and self._comparing.differs(sender, now):
+            parts = parts_for(self.membership.present_count + 1)
+            self._send_ask(sender, sums=self._view.parts(parts))
+
+    def _knows(self, entry: Entry) -> bool:
+        """Is it what most news are, heard before? A quick look that spares the long one."""
+        held = self.held.get(entry.node)
+        if held is None or entry.seq > held.seq or entry.incarnation != held.incarnation:
+            return False
+        member = self.membership.members[entry.node]
+        return (
+            entry.status == member.status == Status.ALIVE
+            and entry.incarnation == member.incarnation
+            and not member.watched
+        )
+
+    def _hear_entry(self, entry: Entry, sender: NodeId, now: float) -> None:
+        node = entry.node
+        if node == self.me.origin:
+            self._hear_about_me(entry, now)
             return
-        if digest.ask:
-            self._answer(digest, now)
+        if self.membership.apply(entry, now):
+            self._relay(node, now)
         else:
-            self._introduce(digest, now)
-            self._ask(digest, now)
+            self._object(entry, now)
+        if entry.seq and entry.status <= Status.SUSPECT:
+            held = self.held.get(node)
+            if held is None or (entry.incarnation, entry.seq) > (held.incarnation, held.seq):
+                self._want(entry, sender, now)
+
+    def _object(self, entry: Entry, now: float) -> None:
+        """Whoever knows better than old news says so, whomever it is about, once per heartbeat.
+
+        That a device lives which somebody accuses on older evidence; that one is gone which
+        somebody counts on; that one has begun a new life.
+        """
+        member = self.membership.members.get(entry.node)
+        if member is None:
+            return
+        later = (member.incarnation, member.heartbeat) > (entry.incarnation, entry.heartbeat)
+        if (
+            (entry.status > member.status and later)
+            or (entry.status <= Status.SUSPECT and not member.present)
+            or entry.incarnation < member.incarnation
+        ) and now - self._objected.get(entry.node, float("-inf")) >= self._beat_s:
+            self._objected[entry.node] = now
+            self._tell_of(entry.node, True, now)
+
+    def _want(self, entry: Entry, sender: NodeId, now: float) -> None:
+        """Ask for a record that is newer there, unless somebody has just been asked for it."""
+        member = self.membership.members.get(entry.node)
+        if member is None or entry.incarnation < member.incarnation:
+            return
+        version = (entry.incarnation, entry.seq)
+        asked, at = self._asked.get(entry.node, (gossip.NOTHING, float("-inf")))
+        if asked < version or now - at > ASK_AGAIN_S:
+            self._asked[entry.node] = (version, now)
+            self._asks.setdefault(sender, []).append(entry.node)
 
     def _hear_record(self, record: Record, now: float) -> None:
-        if record.origin == self.me.origin:
+        origin = record.origin
+        if origin == self.me.origin:
             version = gossip.version(record)
-            self._hear_about_me(DigestEntry(record.origin, *version, 0, Status.ALIVE), now)
-            if version == gossip.version(self.me) and not self._lazy and record != self.me:
-                self._twin(now)
+            self._hear_about_me(Entry(origin, *version, 0, Status.ALIVE), now)
+            if version == gossip.version(self._told) and record != self._told:
+                self.oneself.twin(now)
             return
-        alive = DigestEntry(record.origin, record.incarnation, record.seq, 0, Status.ALIVE)
-        self.membership.apply(alive, now)
-        held = self.held.get(record.origin)
-        if record.origin not in self.membership.members or not gossip.newer(record, held):
+        self.membership.apply(Entry(origin, record.incarnation, record.seq, 0, Status.ALIVE), now)
+        member = self.membership.members.get(origin)
+        held = self.held.get(origin)
+        if member is None or not gossip.newer(record, held):
             self.counters["stale"] += 1
             return
-        self.held[record.origin] = record
+        self.held[origin] = record
+        self._asked.pop(origin, None)
+        self._note(member)
         self._compare(held, record)
+        self._relay(origin, now)
 
-    def _answer(self, digest: Digest, now: float) -> None:
-        """Give an asking device what is newer here."""
-        if now - self._answered.get(digest.sender, float("-inf")) < ASK_AGAIN_S / 2:
+    # ---- comparing views -----------------------------------------------------------------
+
+    def _answer(self, ask: Ask, now: float) -> None:
+        """Give an asking device the records it wants, and name what differs."""
+        sender = ask.sender
+        wanted = [self._own_or_held(node) for node in ask.wanted]
+        for records in gossip.parcels(record for record in wanted if record is not None):
+            self._outbox.append(Send(sender, self._delta(records)))
+        known = sender in self.membership.members
+        if ask.sums and known and self._comparing.answers(sender, now):
+            parts, where = differing(self._view, ask.sums, self.membership.present_count + 1)
+            for section, entries in gossip.sections(self._entries(parts, where), parts, where):
+                self._send_digest(sender, entries, parts, section)
+
+    def _hear_digest(self, digest: Digest, now: float) -> None:
+        """Take what is newer there; answer with what is newer here."""
+        for entry in digest.entries:
+            self._hear_entry(entry, digest.sender, now)
+        if not digest.parts:
             return
-        self._answered[digest.sender] = now
-        known = {record.origin: record for record in self.present()}
-        known.pop(digest.sender, None)
-        for records in gossip.parcels(gossip.ahead(digest.entries, known)):
-            self._outbox.append(Send(digest.sender, self._delta(records)))
+        shown = {entry.node: entry for entry in digest.entries}
+        mine = self._entries(digest.parts, digest.differing)
+        better = [entry for entry in mine if gossip.improves(entry, shown.get(entry.node))]
+        for at in range(0, len(better), ENTRIES_MAX):
+            self._send_digest(digest.sender, better[at : at + ENTRIES_MAX], 0, [])
 
-    def _introduce(self, digest: Digest, now: float) -> None:
-        """Somebody audible who does not hear us: tell of ourselves, with the broker's address."""
-        shown = next((e for e in digest.entries if e.node == self.me.origin), None)
-        version = (shown.incarnation, shown.seq) if shown else gossip.NOTHING
-        settled = now - self._published_at > ASK_AGAIN_S or version[0] != self.me.incarnation
-        recently = now - self._answered.get(digest.sender, float("-inf")) < ASK_AGAIN_S
-        if version < gossip.version(self.me) and settled and not recently:
-            self._answered[digest.sender] = now
-            self._outbox.append(Send(digest.sender, self._delta((self.me,))))
+    def _entries(self, parts: int, differing: Iterable[int]) -> Iterator[Entry]:
+        wanted = set(differing)
+        if part_of(self.me.origin, parts) in wanted:
+            yield self._entry_of_me()
+        for member in self.membership.present():
+            if part_of(member.node, parts) in wanted:
+                yield self._entry(member)
 
-    def _ask(self, digest: Digest, now: float) -> None:
-        """Ask for what is newer there, unless somebody has just been asked for it."""
-        wanted = False
-        for origin, version in gossip.behind(digest.entries, self.held, self.me.origin).items():
-            member = self.membership.members.get(origin)
-            asked, at = self._asked.get(origin, (gossip.NOTHING, float("-inf")))
-            if member is None or not member.present:
-                continue
-            if asked < version or now - at > ASK_AGAIN_S:
-                self._asked[origin] = (version, now)
-                wanted = True
-        if wanted:
-            self._outbox.append(Send(digest.sender, self._digest(ask=True)))
+    def _send_digest(
+        self, to: NodeId, entries: list[Entry], parts: int, differing: list[int]
+    ) -> None:
+        head = self._config.swarm, self.me.origin, self.me.incarnation
+        self._outbox.append(Send(to, Digest(*head, tuple(entries), parts, tuple(differing))))
+
+    def _own_or_held(self, node: NodeId) -> Record | None:
+        if node == self.me.origin:
+            return self._told
+        member = self.membership.members.get(node)
+        return self.record(member) if member else None
 
     # ---- news of oneself -----------------------------------------------------------------
 
-    def _hear_about_me(self, entry: DigestEntry, now: float) -> None:
-        """Refute: a suspicion with an early heartbeat, a death with a higher incarnation.
-
-        News that this life did not write (of an earlier life, or of a twin) also raises the
-        incarnation above it. Both at bounded rates, so that neither failing calls nor two devices
-        with one identity can drive anyone wild.
-        """
-        beat_s = self._config.heartbeat_ms / 1000
-        if entry.incarnation < self.me.incarnation or entry.incarnation >= COUNTER_MAX:
-            return
-        foreign = (
-            entry.incarnation > self.me.incarnation
-            or entry.heartbeat > self._heartbeat
-            or entry.seq > self.me.seq
-        )
-        if not foreign and entry.status < Status.DEAD:
-            if entry.status == Status.SUSPECT and entry.heartbeat == self._heartbeat:
-                self._beat_at = min(self._beat_at, max(now, self._last_beat_at + beat_s / 4))
-            return
-        if foreign and entry.status < Status.DEAD and self._grown_up(now):
-            self._twin(now)
-        if now - self._raised_at >= beat_s:
-            self._raised_at = now
-            self.tell(incarnation=entry.incarnation + 1)
-            self._beat_at = now
-
-    def _grown_up(self, now: float) -> bool:
-        """Old enough that nobody tells of an earlier life any more."""
-        started_at = now if self._started_at is None else self._started_at
-        return now - started_at > 2 * self._config.silence_ms / 1000
-
-    def _hear_myself(self, message: Message, now: float) -> None:
-        """A message with our own name on it: an echo, or a twin."""
-        if message.incarnation > self.me.incarnation:
-            self._twin(now)
-        elif message.incarnation == self.me.incarnation and isinstance(message, Digest):
-            mine = [entry for entry in message.entries if entry.node == self.me.origin]
-            if any(entry.heartbeat > self._heartbeat for entry in mine):
-                self._twin(now)
-
-    def _twin(self, now: float) -> None:
-        self.counters["twin"] += 1
-        if now - self._twin_at >= REPORT_TWIN_S:
-            self._twin_at = now
-            self._outbox.append(
-                Report(
-                    f"another device uses the identity {self.me.origin} of this one: both will"
-                    " misbehave; delete the state directory of the copy and restart it"
-                )
-            )
+    def _hear_about_me(self, entry: Entry, now: float) -> None:
+        match self.oneself.hear(entry, self.me, self._heartbeat, now):
+            case Reaction.OBJECT:
+                self._beat_at = min(self._beat_at, max(now, self._spoke_at + self._beat_s / 4))
+                if now - self._accused_at >= self._beat_s:
+                    self._accused_at = now
+                    self.membership.health.accused()
+            case Reaction.RISE:
+                self.tell(incarnation=entry.incarnation + 1)
+                self._beat_at = now
 
     # ---- what changed --------------------------------------------------------------------
 
+    def _note(self, member: Member) -> None:
+        record = self.record(member)
+        seq = record.seq if record else 0
+        self._view.note(member.node, member.incarnation, seq, member.status)
+
     def _compare(self, before: Record | None, after: Record) -> None:
-        if before is None or _market(before) != _market(after):
+        if before is None or gossip.market(before) != gossip.market(after):
             self.market += 1
-        if before is None or _supply(before) != _supply(after):
+        if before is None or gossip.supply(before) != gossip.supply(after):
             self.supply += 1
-        if before is None or _mark(before) != _mark(after):
+            self._rewired = True
+        if before is None or gossip.marks(before) != gossip.marks(after):
             self.marks += 1
 
     def _changed(self, member: Member, before: Status | None) -> None:
         self.supply += 1
+        self._note(member)
         was_present = before is not None and before <= Status.SUSPECT
         if was_present == member.present and before is not None:
             if member.status == Status.ALIVE and before == Status.ALIVE:
                 self.market += 1  # a new life: what the old one claimed is void
             return
         self.market += 1
+        self._rewired = True
+        self.rings.put(member.node, member.present)
+        if not member.present:
+            self._comparing.forget(member.node)
         record = self.held.get(member.node)
         who = f"{record.name} ({member.node})" if record and record.name else str(member.node)
         if member.present:
@@ -324,23 +487,3 @@ class Perception:
         elif before is not None:
             how = "left" if member.status == Status.LEFT else "is dead: its lots go to others"
             self._outbox.append(Report(f"{who} {how}"))
-
-
-def _market(record: Record) -> tuple[object, ...]:
-    return record.incarnation, record.model, record.claims, record.memory_budget_bytes
-
-
-def _supply(record: Record) -> tuple[object, ...]:
-    return (
-        record.incarnation,
-        record.model,
-        record.serving,
-        record.data_host,
-        record.data_port,
-        record.mqtt_host,
-        record.mqtt_port,
-    )
-
-
-def _mark(record: Record) -> tuple[object, ...]:
-    return record.epoch, record.fingerprint

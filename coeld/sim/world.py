@@ -1,9 +1,11 @@
 """Many nodes, one heap of future events, one virtual clock, one seed. No I/O, no real time.
 
-Every message goes through the real codec. The network delays, loses, repeats and reorders; devices
-crash with or without their neighbours noticing; engines load at the speed of a disk. Links work
-as in the embedded topology: a device hears those whose broker it was told to listen to, and its
-shell restores links by itself. The same seed gives the same trace, which is kept as one sha256.
+The network delays, loses, repeats and reorders; devices crash with or without their neighbours
+noticing, stall as if all their cores were busy, and have clocks that run at their own pace; engines
+load at the speed of a disk. Links work as in the embedded topology: a device hears those whose
+broker it listens to, whoever is listened to listens back, and shells restore links by themselves.
+Every message is encoded; with `codec` it is also decoded again before it arrives. The same seed
+gives the same trace, which is kept as one sha256.
 """
 
 import hashlib
@@ -11,9 +13,11 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from coeld.effects import (
     Connect,
+    Disconnect,
     DropLots,
     Effect,
     LoadLots,
@@ -35,16 +39,19 @@ from coeld.events import (
     Tick,
 )
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.messages import decode, encode
+from coeld.messages import Message, decode, encode
 from coeld.node import Node, NodeConfig
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand, Resources
 
 MODEL = ModelDemand(ModelHash("5e" * 32), "simulated", 30, 8, 350_000, 30_000_000)
-RELINK_S = 0.2
+LINK_S = 0.005
+"""How long a new link, or the reset of a broken one, takes."""
 DRAIN_S = 0.02
-RESET_S = 0.005
-"""How long a peer's TCP reset takes to arrive when a process dies."""
+TOPIC_BYTES = 48
+"""What MQTT adds to a message: fixed header, length, and coeld/1/<swarm>/all/<sender>."""
+SLOW_FACTOR = 100
+REPORTS_MAX = 100_000
 
 
 @dataclass(slots=True)
@@ -65,6 +72,20 @@ class Spec:
     budget_bytes: int
     kernel_mb_per_s: int = 4000
     disk_mb_per_s: int = 200
+    engine: bool = True
+    """False: a member of the swarm that runs no model."""
+
+
+@dataclass(slots=True)
+class Stalls:
+    """A device with all its cores pinned: it gets to run now and then, for a moment."""
+
+    run_s: float = 0.2
+    """Longest time between two stalls."""
+    mean_s: float = 0.3
+    max_s: float = 2.0
+    begins: float = 0.0
+    ends: float = 0.0
 
 
 @dataclass(slots=True)
@@ -87,6 +108,16 @@ class Device:
     tick_at: float = -1.0
     sent_bytes: int = 0
     sent_messages: int = 0
+    heard_bytes: int = 0
+    lots_loaded: int = 0
+    pace: float = 1.0
+    """Seconds of its clock per second."""
+    ahead_s: float = 0.0
+    """What its clock showed at time 0."""
+    stalls: Stalls | None = None
+
+    def clock(self, now: float) -> float:
+        return self.ahead_s + now * self.pace
 
 
 class World:
@@ -99,6 +130,7 @@ class World:
         demand: ModelDemand = MODEL,
         config: NodeConfig | None = None,
         seeds: Sequence[int] = (0,),
+        codec: bool = True,
     ) -> None:
         self.rng = Random(seed)
         self.now = 1000.0
@@ -110,13 +142,21 @@ class World:
         }
         self.order = list(self.devices)
         self.seeds = [self.order[i] for i in seeds]
+        self.introductions = 0
+        """How many others each device finds by itself when it starts, besides the seeds."""
         self.load_failure = 0.0
         """Probability that a batch fails to load."""
         self.reports: list[tuple[float, NodeId, str]] = []
         self.watchers: list[Callable[[World, Device, Effect], None]] = []
-        self._links: set[tuple[NodeId, NodeId]] = set()
+        self.observers: list[Callable[[Device, Event], None]] = []
+        """Told of every event after the device has taken it."""
+        self._codec = codec
+        self._listeners: dict[NodeId, dict[NodeId, None]] = {id: {} for id in self.devices}
+        """Who listens to whose broker."""
         self._split: dict[NodeId, int] = {}
-        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._deaf: set[tuple[NodeId, NodeId]] = set()
+        """(from, to): ways on which nothing arrives."""
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self._trace = hashlib.sha256()
 
@@ -134,15 +174,19 @@ class World:
         config = _named(self.config, device.id)
         device.node = Node(device.id, device.life, config, Random(self.rng.getrandbits(64)))
         device.table = None
-        self._links |= {(device.id, seed) for seed in self.seeds if seed != device.id}
+        for other in self._found(device):
+            self._listen(device.id, other)
+        for listener in list(self._listeners[device.id]):  # their shells come back to its broker
+            self._later(LINK_S, self._listen, device.id, listener)
         spec = device.spec
         resources = Resources(spec.budget_bytes, spec.budget_bytes, 5, spec.kernel_mb_per_s)
         self.feed(device, ResourcesSampled(resources))
-        self._later(engine_after_s, lambda life=device.life: self.start_engine(device, life))  # type: ignore[misc]
+        if spec.engine:
+            self._later(engine_after_s, self.start_engine, device, device.life)
 
-    def start_all(self) -> None:
+    def start_all(self, within_s: float = 0.3) -> None:
         for device in self.devices.values():
-            self._later(self.rng.uniform(0, 0.3), lambda device=device: self.start(device))  # type: ignore[misc]
+            self._later(self.rng.uniform(0, within_s), self.start, device)
 
     def start_engine(self, device: Device, life: int) -> None:
         if device.node is not None and device.life == life and not device.engine:
@@ -155,17 +199,17 @@ class World:
         assert device.node is not None
         device.node = None
         self._empty(device)
-        for listener, broker in sorted(self._links):
-            other = listener if broker == device.id else broker if listener == device.id else None
-            if other and noticed and self._connected(device.id, other):
-                self._later(RESET_S, lambda other=other: self._lost(other, device.id))  # type: ignore[misc]
-        self._links = {link for link in self._links if link[0] != device.id}
+        for broker, listeners in self._listeners.items():
+            linked = device.id in listeners or (broker in self._listeners[device.id])
+            if linked and noticed and self._reaches(device.id, broker):
+                self._later(LINK_S, self._lost, broker, device.id)
+            listeners.pop(device.id, None)
 
     def crash_engine(self, device: Device, restart_after_s: float = 1.0) -> None:
         if device.node is not None and device.engine:
             self._empty(device)
             self.feed(device, EngineStopped())
-            self._later(restart_after_s, lambda life=device.life: self.start_engine(device, life))  # type: ignore[misc]
+            self._later(restart_after_s, self.start_engine, device, device.life)
 
     def leave(self, device: Device) -> None:
         assert device.node is not None
@@ -173,24 +217,37 @@ class World:
             self._perform(device, effect)
         device.node = None
         self._empty(device)
+        for listeners in self._listeners.values():
+            listeners.pop(device.id, None)
 
     def split(self, groups: Iterable[Iterable[Device]]) -> None:
         """Cut the network into islands; `split([])` heals it."""
         self._split = {d.id: i for i, group in enumerate(groups) for d in group}
 
+    def deafen(self, ways: Iterable[tuple[Device, Device]]) -> None:
+        """From now on nothing arrives on these ways (from, to); `deafen([])` heals it."""
+        self._deaf = {(a.id, b.id) for a, b in ways}
+
+    def jump(self, device: Device, seconds: float) -> None:
+        """The device's clock jumps, forwards or backwards."""
+        device.ahead_s += seconds
+        device.tick_at = -1.0
+        self._wake(device)
+
     def run(self, for_s: float) -> None:
         end = self.now + for_s
-        while self._heap and self._heap[0][0] <= end:
-            self.now, _, action = heapq.heappop(self._heap)
-            action()
+        heap, pop = self._heap, heapq.heappop
+        while heap and heap[0][0] <= end:
+            self.now, _, action, arguments = pop(heap)
+            action(*arguments)
         self.now = end
 
-    def run_until(self, done: Callable[[], bool], limit_s: float) -> float:
+    def run_until(self, done: Callable[[], bool], limit_s: float, step_s: float = 0.01) -> float:
         """Virtual seconds until `done`, to 10 ms; asserts that it happens within `limit_s`."""
         start = self.now
         while not done():
             assert self.now - start <= limit_s, f"not done after {limit_s} s"
-            self.run(0.01)
+            self.run(step_s)
         return self.now - start
 
     def fingerprint(self) -> str:
@@ -199,35 +256,58 @@ class World:
 
     # ---- the machine -----------------------------------------------------------------------
 
-    def _later(self, delay_s: float, action: Callable[[], None]) -> None:
+    def _later(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
         self._count += 1
-        heapq.heappush(self._heap, (self.now + delay_s, self._count, action))
+        heapq.heappush(self._heap, (self.now + delay_s, self._count, action, arguments))
 
     def feed(self, device: Device, event: Event) -> None:
+        """Let it happen; on a device that stalls, as soon as it runs again."""
         if device.node is None:
             return
+        if device.stalls is not None:
+            wait_s = self._stalled_s(device.stalls)
+            if wait_s > 0:
+                self._later(wait_s, self._feed_life, device, device.life, event)
+                return
         self._trace.update(f"{self.now:.9f} {device.id} {type(event).__name__}\n".encode())
-        for effect in device.node.step(event, self.now):
+        for effect in device.node.step(event, device.clock(self.now)):
             self._perform(device, effect)
+        for observer in self.observers:
+            observer(device, event)
         self._wake(device)
+
+    def _feed_life(self, device: Device, life: int, event: Event) -> None:
+        if device.life == life:
+            self.feed(device, event)
+
+    def _stalled_s(self, stalls: Stalls) -> float:
+        """How long it still does not run."""
+        while stalls.ends <= self.now:
+            stalls.begins = self.now + self.rng.uniform(0, stalls.run_s)
+            length_s = min(stalls.max_s, self.rng.expovariate(1 / stalls.mean_s))
+            stalls.ends = stalls.begins + length_s
+        return stalls.ends - self.now if self.now >= stalls.begins else 0.0
 
     def _wake(self, device: Device) -> None:
         """Have a Tick at the node's deadline, a little late as real timers are."""
         node = device.node
-        if node is None or self.now < device.tick_at <= node.deadline:
+        if node is None:
             return
-        at = max(self.now, node.deadline) + self.rng.uniform(0, 0.001)
+        due = (node.deadline - device.ahead_s) / device.pace
+        if self.now < device.tick_at <= due:
+            return
+        at = max(self.now, due) + self.rng.uniform(0, 0.001)
         device.tick_at = at
+        self._later(at - self.now, self._tick, device, device.life, at)
 
-        def tick(life: int = device.life) -> None:
-            if device.node is not None and device.life == life and device.tick_at == at:
-                device.tick_at = -1.0
-                if device.node.deadline <= self.now:
-                    self.feed(device, Tick())
-                else:
-                    self._wake(device)
-
-        self._later(at - self.now, tick)
+    def _tick(self, device: Device, life: int, at: float) -> None:
+        if device.node is None or device.life != life or device.tick_at != at:
+            return
+        device.tick_at = -1.0
+        if device.node.deadline <= device.clock(self.now):
+            self.feed(device, Tick())
+        else:
+            self._wake(device)
 
     def _perform(self, device: Device, effect: Effect) -> None:
         for watcher in self.watchers:
@@ -235,15 +315,21 @@ class World:
         match effect:
             case Publish(message):
                 data = encode(message)
-                for listener, broker in sorted(self._links):
-                    if broker == device.id:
-                        self._transmit(device, listener, data)
+                received = decode(data) if self._codec else message
+                self._trace.update(data)
+                for listener in self._listeners[device.id]:
+                    self._transmit(device, listener, received, len(data))
             case Send(to, message):
-                if {(device.id, to), (to, device.id)} & self._links:
-                    self._transmit(device, to, encode(message))
+                if to in self._listeners[device.id]:
+                    data = encode(message)
+                    self._trace.update(data)
+                    received = decode(data) if self._codec else message
+                    self._transmit(device, to, received, len(data))
             case Connect(node):
-                link = (device.id, node)
-                self._later(RESET_S, lambda: self._links.add(link))
+                self._later(LINK_S, self._link, device, device.life, node)
+            case Disconnect(node):
+                if node in self._listeners:
+                    self._listeners[node].pop(device.id, None)
             case LoadLots(lots):
                 self._load(device, lots)
             case DropLots(lots):
@@ -253,29 +339,58 @@ class World:
             case SwapRoutes(table):
                 device.table = table
             case Report(text):
-                self.reports.append((self.now, device.id, text))
+                if len(self.reports) < REPORTS_MAX:
+                    self.reports.append((self.now, device.id, text))
 
-    def _transmit(self, device: Device, to: NodeId, data: bytes) -> None:
-        device.sent_bytes += len(data)
+    def _transmit(self, device: Device, to: NodeId, message: Message, size: int) -> None:
+        size += TOPIC_BYTES
+        device.sent_bytes += size
         device.sent_messages += 1
-        self._trace.update(to.encode() + data)
-        network = self.network
-        if self.rng.random() < network.loss:
+        network, rng = self.network, self.rng
+        if rng.random() < network.loss:
             return
-        for _ in range(2 if self.rng.random() < network.repeat else 1):
-            delay_s = self.rng.uniform(*network.delay_s)
-            delay_s *= 100 if self.rng.random() < network.slow else 1
-            self._later(delay_s, lambda: self._arrive(device.id, to, data))
+        times = 2 if network.repeat and rng.random() < network.repeat else 1
+        for _ in range(times):
+            delay_s = rng.uniform(*network.delay_s)
+            if network.slow and rng.random() < network.slow:
+                delay_s *= SLOW_FACTOR
+            self._later(delay_s, self._arrive, device.id, to, message, size)
 
-    def _arrive(self, sender: NodeId, to: NodeId, data: bytes) -> None:
-        if self._connected(sender, to):
-            self.feed(self.devices[to], MessageReceived(sender, decode(data)))
+    def _arrive(self, sender: NodeId, to: NodeId, message: Message, size: int) -> None:
+        if self._reaches(sender, to):
+            device = self.devices[to]
+            device.heard_bytes += size
+            self.feed(device, MessageReceived(sender, message))
 
-    def _connected(self, a: NodeId, b: NodeId) -> bool:
-        return self._split.get(a, 0) == self._split.get(b, 0)
+    def _reaches(self, sender: NodeId, to: NodeId) -> bool:
+        if self._deaf and (sender, to) in self._deaf:
+            return False
+        return not self._split or self._split.get(sender, 0) == self._split.get(to, 0)
 
     def _lost(self, who: NodeId, node: NodeId) -> None:
         self.feed(self.devices[who], NeighbourLost(node))
+
+    # ---- links -----------------------------------------------------------------------------
+
+    def _found(self, device: Device) -> list[NodeId]:
+        """Whose brokers a device finds when it starts: seeds, and some others by chance."""
+        found = [seed for seed in self.seeds if seed != device.id]
+        if self.introductions:
+            found += self.rng.sample(self.order, self.introductions + 1)
+        return [id for id in dict.fromkeys(found) if id != device.id]
+
+    def _link(self, device: Device, life: int, node: NodeId) -> None:
+        if device.node is not None and device.life == life and node in self.devices:
+            self._listen(device.id, node)
+
+    def _listen(self, listener: NodeId, broker: NodeId) -> None:
+        """Listen at a broker; its owner sees the calling card and listens back."""
+        if listener == broker or self.devices[listener].node is None:
+            return
+        fresh = listener not in self._listeners[broker]
+        self._listeners[broker][listener] = None
+        if fresh and broker not in self._listeners[listener]:
+            self._later(LINK_S, self._listen, broker, listener)
 
     # ---- engines ---------------------------------------------------------------------------
 
@@ -311,6 +426,7 @@ class World:
     def _loaded(self, device: Device, lots: tuple[Lot, ...]) -> None:
         device.loading -= set(lots)
         device.serving |= set(lots)
+        device.lots_loaded += len(lots)
         self.feed(device, LotsLoaded(lots))
 
     def _failed(self, device: Device, lots: tuple[Lot, ...]) -> None:

@@ -73,7 +73,7 @@ def test_two_devices_hear_each_other_although_only_one_knows_the_other() -> None
             async with Station(2, seeds=seeds).on_air() as two:
                 await linked(one, two)
                 heard = one.messages(two)
-                await two.bus.send(one.node, two.digest())
+                await two.bus.send(one.node, two.beat())
                 await one.until(lambda: one.messages(two) > heard)
                 assert two.bus.status()["links"][0]["node"] == one.node
 
@@ -88,7 +88,7 @@ def test_a_burst_of_a_thousand_messages_arrives_whole() -> None:
                 await linked(one, two)
                 two.heard.clear()
                 for number in range(1000):
-                    await one.bus.publish(one.digest(1000 + number))
+                    await one.bus.publish(one.beat(1000 + number))
                 burst = [1000 + number for number in range(1000)]
                 await two.until(lambda: two.messages(one) >= 1000)
                 found = [e.message.incarnation for e in two.heard if isinstance(e, MessageReceived)]
@@ -137,7 +137,7 @@ def test_stopping_is_quick_even_while_a_neighbour_is_out_of_reach() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, never answers
             seeds = (silent.getsockname()[:2], ("127.0.0.1", 9))
             async with Station(1, seeds=seeds).on_air() as one:
-                await one.bus.publish(one.digest())
+                await one.bus.publish(one.beat())
                 await asyncio.sleep(0.2)
                 began = loop.time()
         return loop.time() - began
@@ -233,7 +233,7 @@ def test_ten_thousand_random_packets_at_the_port_harm_nobody() -> None:
                     writer.transport.abort()
                 assert rss_bytes() - before < GROWTH_BYTES_MAX
                 two.heard.clear()
-                await one.bus.publish(one.digest(77))
+                await one.bus.publish(one.beat(77))
                 await two.until(lambda: two.messages(one) > 0)
                 assert not two.lost(one)
 
@@ -266,7 +266,7 @@ def test_nobody_misses_a_message_because_others_come_and_go(
                     ]
                     sent = 0
                     while not all(guest.done() for guest in guests):
-                        await one.bus.publish(one.digest(sent))
+                        await one.bus.publish(one.beat(sent))
                         sent += 1
                         await asyncio.sleep(0.001)
                 await two.until(lambda: two.messages(one) == sent)

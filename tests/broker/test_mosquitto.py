@@ -28,7 +28,7 @@ def test_devices_hear_each_other_once_and_privately(mosquitto: Mosquitto) -> Non
         async with one.on_air(), two.on_air(), three.on_air():
             await linked(*stations)
             before = two.messages(one), three.messages(one)
-            await one.bus.send(two.node, one.digest())
+            await one.bus.send(two.node, one.beat())
             await two.until(lambda: two.messages(one) == before[0] + 1)
             assert three.messages(one) == before[1]
             assert not any(isinstance(event, NeighbourLost) for event in one.heard)
@@ -43,7 +43,7 @@ def test_a_burst_of_a_thousand_messages_arrives_whole(mosquitto: Mosquitto) -> N
             await linked(one, two)
             before = two.messages(one)
             for number in range(1000):
-                await one.bus.publish(one.digest(number))
+                await one.bus.publish(one.beat(number))
             await two.until(lambda: two.messages(one) >= before + 1000)
 
     asyncio.run(scenario())

@@ -7,7 +7,7 @@ from random import Random
 
 from coeld.events import Event, MessageReceived, NeighbourLost
 from coeld.ids import NodeId
-from coeld.messages import Digest
+from coeld.messages import Beat
 from coeld.net.mqtt import BusOptions, ControlBus
 
 WAIT_S = 15.0
@@ -44,8 +44,8 @@ class Station:
     def lost(self, other: "Station") -> bool:
         return NeighbourLost(other.node) in self.heard
 
-    def digest(self, incarnation: int = 1) -> Digest:
-        return Digest("test", self.node, incarnation, ())
+    def beat(self, incarnation: int = 1) -> Beat:
+        return Beat("test", self.node, incarnation, 1, 1, "0" * 16)
 
     async def until(self, wanted: Callable[[], bool]) -> None:
         """Wait for an event after which `wanted` is true."""
@@ -73,7 +73,7 @@ async def linked(*stations: Station) -> None:
         pairs = [(a, b) for a in stations for b in stations if a is not b]
         while not all(a.messages(b) for a, b in pairs):
             for station in stations:
-                await station.bus.publish(station.digest())
+                await station.bus.publish(station.beat())
             await asyncio.sleep(0.02)
 
 

@@ -1,6 +1,7 @@
 """The edge of the control plane: what is accepted, and that nothing else gets in."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -10,10 +11,13 @@ from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import (
     LOTS_PER_RECORD_MAX,
     MESSAGE_BYTES_MAX,
+    Ask,
+    Beat,
     Claim,
     Delta,
     Digest,
-    DigestEntry,
+    Entry,
+    Message,
     Record,
     Status,
     decode,
@@ -40,14 +44,23 @@ RECORD = Record(
     fingerprint="0123456789abcdef",
 )
 DELTA = Delta("home", A, 3, (RECORD, Record(B, 1, 1)))
-DIGEST = Digest(
-    "home", A, 3, (DigestEntry(A, 3, 7, 99, Status.ALIVE), DigestEntry(B, 1, 0, 0, Status.LEFT))
+ENTRIES = (Entry(A, 3, 7, 99, Status.SUSPECT, B), Entry(B, 1, 0, 0, Status.LEFT))
+BEAT = Beat("home", A, 3, 7, 1234, "0123456789abcdef", ENTRIES)
+DIGEST = Digest("home", A, 3, ENTRIES, 4, (0, 3))
+ASK = Ask("home", A, 3, (0, 2**32 - 1), (A, B))
+KINDS: list[Message] = [DELTA, DIGEST, BEAT, ASK]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [*KINDS, replace(BEAT, news=()), Ask("home", A, 3), Digest("home", A, 3, ())],
 )
-
-
-@pytest.mark.parametrize("message", [DELTA, DIGEST, Digest("home", A, 3, (), ask=True)])
-def test_what_is_encoded_is_what_is_decoded(message: Digest | Delta) -> None:
+def test_what_is_encoded_is_what_is_decoded(message: Message) -> None:
     assert decode(encode(message)) == message
+
+
+def test_a_beat_at_rest_is_smaller_than_a_single_packet_by_far() -> None:
+    assert len(encode(replace(BEAT, swarm="coeld", heartbeat=10**6, news=()))) <= 128
 
 
 def test_neighbouring_lots_travel_as_one_run() -> None:
@@ -64,9 +77,9 @@ def test_the_largest_record_fits_into_a_message() -> None:
     assert decode(encode(Delta("home", A, 1, (record,)))) == Delta("home", A, 1, (record,))
 
 
-def change(path: list[str | int], to: object) -> bytes:
-    """The delta with one value replaced."""
-    value = json.loads(encode(DELTA))
+def change(path: list[str | int], to: object, message: Message = DELTA) -> bytes:
+    """A message, the delta, with one value replaced."""
+    value = json.loads(encode(message))
     place = value
     for step in path[:-1]:
         place = place[step]
@@ -82,7 +95,7 @@ BAD = {
     "deep": b"[" * 100_000,
     "a number too long to read": b'{"v": ' + b"9" * 5000 + b"}",
     "too large": b" " * (MESSAGE_BYTES_MAX + 1),
-    "another version": change(["v"], 2),
+    "another version": change(["v"], 1),
     "unknown kind": change(["kind"], 77),
     "kind of the wrong type": change(["kind"], [1]),
     "sender upper case": change(["from"], "A" * 16),
@@ -110,6 +123,22 @@ BAD = {
     "lots overlapping": change(["records", 0, "serving"], [[0, 0, 2], [0, 1, 1]]),
     "copy too large": change(["records", 0, "claims"], [[0, 0, 1, 8, 1]]),
     "bid too large": change(["records", 0, "claims"], [[0, 0, 1, 0, 2**63]]),
+    "view not hexadecimal": change(["view"], "x" * 16, BEAT),
+    "heartbeat negative": change(["beat"], -1, BEAT),
+    "entry too long": change(["news", 0], [A, 1, 1, 1, 1, B, 1], BEAT),
+    "status unknown": change(["news", 0], [A, 1, 1, 1, 4], BEAT),
+    "accuser of somebody alive": change(["news", 0], [A, 1, 1, 1, 0, B], BEAT),
+    "accuser not a node": change(["news", 0, 5], "me", BEAT),
+    "too much news": change(["news"], [[A, 1, 1, 1, 0]] * 1025, BEAT),
+    "sums of three parts": change(["sums"], "0" * 24, ASK),
+    "sums not whole": change(["sums"], "0" * 9, ASK),
+    "sums of too many parts": change(["sums"], "0" * 8 * 512, ASK),
+    "wanted twice": change(["wanted"], [A, A], ASK),
+    "too much wanted": change(["wanted"], [f"{i:016x}" for i in range(257)], ASK),
+    "parts not a power of two": change(["parts"], 3, DIGEST),
+    "parts of nothing": change(["parts"], 0, DIGEST),
+    "a part that is none": change(["differing"], [4], DIGEST),
+    "parts descending": change(["differing"], [1, 0], DIGEST),
 }
 
 
@@ -120,7 +149,7 @@ def test_malformed_messages_are_refused_with_a_frame_error(data: bytes) -> None:
 
 
 def test_a_digest_that_names_a_device_twice_is_refused() -> None:
-    entry = DigestEntry(A, 1, 1, 1, Status.ALIVE)
+    entry = Entry(A, 1, 1, 1, Status.ALIVE)
     with pytest.raises(FrameError):
         decode(encode(Digest("home", A, 1, (entry, entry))))
 
@@ -131,7 +160,7 @@ def test_fields_of_a_newer_version_are_ignored() -> None:
 
 def test_ten_thousand_damaged_messages_raise_frame_errors_and_nothing_else() -> None:
     rng = Random(1)
-    originals = [encode(DELTA), encode(DIGEST)]
+    originals = [encode(message) for message in KINDS]
     for _ in range(10_000):
         data = bytearray(rng.choice(originals))
         for _ in range(rng.randrange(1, 4)):

@@ -19,7 +19,18 @@ from coeld.events import (
     Tick,
 )
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.messages import Claim, Delta, Digest, DigestEntry, Message, Record, Status, encode
+from coeld.messages import (
+    Ask,
+    Beat,
+    Claim,
+    Delta,
+    Digest,
+    Entry,
+    Message,
+    Record,
+    Status,
+    encode,
+)
 from coeld.node import Node, NodeConfig
 from coeld.view import ModelDemand, Resources
 
@@ -69,14 +80,10 @@ class Bench:
     def meet(self, record: Record) -> list[Effect]:
         return self.hear(Delta("coeld", record.origin, record.incarnation, (record,)))
 
-    def mine(self) -> DigestEntry:
-        """What a peer shows that knows all about this node."""
-        me = self.node.perception.me
-        return DigestEntry(ME, me.incarnation, me.seq, 1, Status.ALIVE)
-
-    def beat(self, node: NodeId, heartbeat: int, *others: DigestEntry) -> list[Effect]:
-        entry = DigestEntry(node, 1, 1, heartbeat, Status.ALIVE)
-        return self.hear(Digest("coeld", node, 1, (entry, *others)))
+    def beat(self, node: NodeId, heartbeat: int, *news: Entry, view: str = "") -> list[Effect]:
+        """A heartbeat of a device that knows the same as this node, or has another view."""
+        view = view or self.node.perception.view
+        return self.hear(Beat("coeld", node, 1, 1, heartbeat, view, news))
 
 
 def of(kind: type[T], effects: list[Effect]) -> list[T]:
@@ -166,8 +173,7 @@ def test_what_a_device_served_in_an_earlier_life_is_void() -> None:
     bench = Bench()
     bench.meet(peer(*DEMAND.lots()))
     bench.feed(EngineStarted(DEMAND, "10.0.0.1", 9000))
-    reborn = DigestEntry(PEER, 2, 0, 1, Status.ALIVE)
-    effects = bench.hear(Digest("coeld", PEER, 2, (reborn,)))
+    effects = bench.hear(Beat("coeld", PEER, 2, 0, 1, "0" * 16))
     assert of(SwapRoutes, effects)[-1].table.owners == {}
 
 
@@ -192,28 +198,45 @@ def test_a_suspicion_of_oneself_is_refuted_by_an_early_heartbeat_at_a_bounded_ra
     bench.pass_time(5.2)
     bench.effects.clear()
     for _ in range(100):
-        own = of(Publish, bench.effects)[-1:]
-        beat = own[0].message.entries[0].heartbeat if own else 11  # type: ignore[union-attr]
-        bench.beat(PEER, 1, DigestEntry(ME, 3, 1, beat, Status.SUSPECT))
+        bench.beat(PEER, 1, Entry(ME, 3, 1, 1, Status.SUSPECT, PEER))
         bench.pass_time(0.01)
-    digests = [p for p in of(Publish, bench.effects) if isinstance(p.message, Digest)]
-    assert 4 <= len(digests) <= 9
+    beats = [p for p in of(Publish, bench.effects) if isinstance(p.message, Beat)]
+    assert 4 <= len(beats) <= 9
     assert bench.node.status()["incarnation"] == 3
 
 
-def test_who_was_declared_dead_returns_with_a_higher_incarnation() -> None:
+def test_who_was_declared_dead_returns_with_a_heartbeat_and_its_record_stays_valid() -> None:
     bench = Bench()
     bench.loaded()
-    effects = bench.beat(PEER, 1, DigestEntry(ME, 3, 1, 99, Status.DEAD))
-    records = [p.message.records[0] for p in of(Publish, effects) if isinstance(p.message, Delta)]
-    assert records[-1].incarnation == 4
-    assert len(records[-1].serving) == len(DEMAND.lots()), "it still serves what it served"
+    bench.pass_time(5.0)
+    bench.effects.clear()
+    bench.beat(PEER, 1, Entry(ME, 3, 1, 2, Status.DEAD))
+    bench.pass_time(0.15)
+    beats = [p.message for p in of(Publish, bench.effects) if isinstance(p.message, Beat)]
+    assert [beat.incarnation for beat in beats] == [3]
+    assert beats[0].heartbeat > 2
+
+
+def test_whoever_heard_a_later_heartbeat_speaks_for_the_accused() -> None:
+    bench = Bench()
+    bench.meet(peer())
+    bench.meet(peer(node=THIRD))
+    bench.beat(THIRD, 9)
+    accusation = Entry(THIRD, 1, 1, 8, Status.SUSPECT, PEER)
+    bench.effects.clear()
+    bench.beat(PEER, 1, accusation)
+    bench.pass_time(0.1)
+    beats = [p.message for p in of(Publish, bench.effects) if isinstance(p.message, Beat)]
+    assert beats[0].news == (Entry(THIRD, 1, 1, 9, Status.ALIVE),)
+    for _ in range(20):
+        bench.beat(PEER, 2, accusation)
+    assert len(of(Publish, bench.pass_time(0.2))) <= 1, "once per heartbeat"
 
 
 def test_news_of_an_earlier_life_raises_the_incarnation_above_it() -> None:
     bench = Bench()
     bench.pass_time(1.0)
-    bench.beat(PEER, 1, DigestEntry(ME, 8, 100, 5000, Status.ALIVE))
+    bench.beat(PEER, 1, Entry(ME, 8, 100, 5000, Status.ALIVE))
     assert bench.node.status()["incarnation"] == 9
 
 
@@ -223,8 +246,8 @@ def test_two_devices_with_one_identity_are_reported_and_do_not_race() -> None:
     bench.effects.clear()
     for round_number in range(200):
         incarnation = bench.node.status()["incarnation"] + 1
-        entry = DigestEntry(ME, incarnation, 1, round_number, Status.ALIVE)
-        bench.hear(Digest("coeld", ME, incarnation, (entry,)))
+        entry = Entry(ME, incarnation, 1, round_number, Status.ALIVE)
+        bench.hear(Beat("coeld", ME, incarnation, 1, round_number, "0" * 16))
         bench.beat(PEER, round_number, entry)
         bench.pass_time(0.05)
     assert len([r for r in of(Report, bench.effects) if "identity" in r.text]) == 1
@@ -242,38 +265,66 @@ def test_messages_of_other_swarms_and_with_forged_senders_are_counted_and_ignore
     assert [member["node"] for member in status["members"]] == [ME]
 
 
+def asks(effects: list[Effect]) -> list[tuple[NodeId, Ask]]:
+    return [(s.to, s.message) for s in of(Send, effects) if isinstance(s.message, Ask)]
+
+
 def test_a_device_that_is_behind_asks_one_of_those_that_are_ahead() -> None:
     bench = Bench()
-    news = DigestEntry(THIRD, 1, 5, 9, Status.ALIVE)
+    news = Entry(THIRD, 1, 5, 9, Status.ALIVE)
     bench.meet(peer())
     bench.pass_time(0.2)
-    asked = of(Send, bench.beat(PEER, 1, news, bench.mine()))
-    assert [(send.to, send.message.ask) for send in asked] == [(PEER, True)]  # type: ignore[union-attr]
-    assert of(Send, bench.beat(PEER, 2, news, bench.mine())) == [], "it has just asked"
+    bench.beat(PEER, 1)
+    asked = asks(bench.beat(PEER, 2, news))
+    assert [(to, ask.wanted) for to, ask in asked] == [(PEER, (THIRD,))]
+    assert asks(bench.beat(PEER, 3, news)) == [], "it has just asked"
     bench.pass_time(0.3)
-    assert of(Send, bench.beat(PEER, 3, news, bench.mine())), "no answer came"
+    assert asks(bench.beat(PEER, 4, news)), "no answer came"
 
 
-def test_who_asks_is_told_what_it_lacks_and_only_that() -> None:
+def test_who_asks_is_given_the_records_it_wants_and_only_those() -> None:
     bench = Bench()
     bench.meet(peer())
     bench.meet(peer(node=THIRD))
-    bench.beat(THIRD, 1)
-    known = (DigestEntry(PEER, 1, 1, 1, Status.ALIVE), bench.mine())
-    answers = of(Send, bench.hear(Digest("coeld", PEER, 1, known, ask=True)))
+    answers = of(Send, bench.hear(Ask("coeld", PEER, 1, wanted=(THIRD, NodeId("9" * 16)))))
     assert [answer.to for answer in answers] == [PEER]
     records = answers[0].message.records  # type: ignore[union-attr]
     assert [record.origin for record in records] == [THIRD]
 
 
-def test_who_is_heard_but_does_not_know_us_is_told_our_address() -> None:
+def test_a_view_that_is_another_twice_is_compared_and_a_first_contact_at_once() -> None:
     bench = Bench()
     bench.pass_time(1.0)
-    effects = bench.beat(PEER, 1)
-    assert any(
-        isinstance(send.message, Delta) and send.message.records[0].mqtt_host == "me.local"
-        for send in of(Send, effects)
-    )
+    assert asks(bench.beat(PEER, 1, view="0" * 16))[0][1].sums
+    bench.meet(peer())
+    bench.pass_time(0.5)
+    assert asks(bench.beat(PEER, 2, view="1" * 16)) == [], "news may be under way"
+    bench.pass_time(0.5)
+    assert asks(bench.beat(PEER, 3, view="2" * 16))[0][1].sums
+    bench.beat(PEER, 4)
+    bench.pass_time(0.6)
+    assert asks(bench.beat(PEER, 5, view="3" * 16)) == [], "they agreed in between"
+
+
+def test_who_compares_is_told_of_everybody_in_the_parts_that_differ() -> None:
+    bench = Bench()
+    bench.meet(peer())
+    bench.meet(peer(node=THIRD))
+    answers = of(Send, bench.hear(Ask("coeld", PEER, 1, sums=(0,))))
+    (digest,) = [a.message for a in answers if isinstance(a.message, Digest)]
+    assert {entry.node for entry in digest.entries} == {ME, PEER, THIRD}
+    assert digest.parts == len(digest.differing) == 1
+
+
+def test_a_digest_is_answered_with_what_is_newer_here() -> None:
+    bench = Bench()
+    bench.meet(peer())
+    bench.meet(peer(node=THIRD))
+    mine = bench.node.perception.me
+    shown = (Entry(ME, 3, mine.seq, 1, Status.ALIVE), Entry(PEER, 1, 1, 1, Status.ALIVE))
+    sent = of(Send, bench.hear(Digest("coeld", PEER, 1, shown, 1, (0,))))
+    assert [[e.node for e in s.message.entries] for s in sent] == [[THIRD]]  # type: ignore[union-attr]
+    assert of(Send, bench.hear(Digest("coeld", PEER, 1, shown))) == [], "complete for no part"
 
 
 def test_a_broker_is_connected_once_per_life_of_its_device() -> None:
@@ -315,11 +366,11 @@ def test_a_smaller_budget_drops_lots_at_once() -> None:
 def test_leaving_withdraws_everything_and_ends_the_node() -> None:
     bench = Bench()
     bench.loaded()
-    delta, digest = (effect.message for effect in bench.node.leave())  # type: ignore[union-attr]
+    delta, beat = (effect.message for effect in bench.node.leave())  # type: ignore[union-attr]
     assert isinstance(delta, Delta)
     assert delta.records[0].serving == ()
-    assert isinstance(digest, Digest)
-    assert digest.entries[0].status == Status.LEFT
+    assert isinstance(beat, Beat)
+    assert [(entry.node, entry.status) for entry in beat.news] == [(ME, Status.LEFT)]
     assert bench.feed(Tick()) == []
 
 

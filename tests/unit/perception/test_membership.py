@@ -1,24 +1,28 @@
 """Alive, suspect, dead, left: who may turn into what, when, and on whose word."""
 
 from coeld.ids import NodeId
-from coeld.messages import DigestEntry, Status
+from coeld.messages import Entry, Status
 from coeld.node_config import NodeConfig
 from coeld.perception.membership import MEMBERS_MAX, Membership
 from coeld.perception.suspicion import LocalHealth
 
-A = NodeId("a" * 16)
+A, B, C, ME = (NodeId(letter * 16) for letter in "abcf")
 CONFIG = NodeConfig(heartbeat_ms=500, silence_ms=3000, suspicion_ms=1000, forget_ms=60_000)
 
 
 def news(
     status: Status = Status.ALIVE, heartbeat: int = 1, incarnation: int = 1, node: NodeId = A
-) -> DigestEntry:
-    return DigestEntry(node, incarnation, 1, heartbeat, status)
+) -> Entry:
+    return Entry(node, incarnation, 1, heartbeat, status)
 
 
-def membership() -> Membership:
-    members = Membership(CONFIG, lambda member, before: None)
+def membership(others: int = 0) -> Membership:
+    """Knows A, watches it, and knows of some others."""
+    members = Membership(ME, CONFIG, lambda member, before: None)
     members.apply(news(), 0.0)
+    members.watch(A, True, 0.0)
+    for index in range(others):
+        members.apply(news(node=NodeId(f"{index:016x}")), 0.0)
     return members
 
 
@@ -68,13 +72,63 @@ def test_a_second_suspicion_does_not_start_the_clock_again() -> None:
     assert status(members) == Status.DEAD
 
 
-def test_the_dead_return_only_with_a_higher_incarnation() -> None:
+def test_a_verdict_yields_to_later_evidence_and_to_a_new_life_and_to_nothing_else() -> None:
     members = membership()
-    members.apply(news(Status.DEAD), 1.0)
-    members.apply(news(heartbeat=99), 1.1)
+    members.apply(news(Status.DEAD, heartbeat=5), 1.0)
+    members.apply(news(heartbeat=5), 1.1)
     assert status(members) == Status.DEAD
-    members.apply(news(incarnation=2, heartbeat=0), 1.2)
+    members.apply(news(heartbeat=6), 1.2)
     assert status(members) == Status.ALIVE
+    members.apply(news(Status.DEAD, heartbeat=5), 1.3)
+    assert status(members) == Status.ALIVE, "somebody who did not hear the sixth heartbeat"
+    members.apply(news(Status.DEAD, heartbeat=7), 1.4)
+    members.apply(news(incarnation=2, heartbeat=0), 1.5)
+    assert status(members) == Status.ALIVE
+
+
+def test_silence_of_a_device_that_is_no_neighbour_says_nothing() -> None:
+    members = membership()
+    members.watch(A, False, 0.0)
+    members.tick(1000.0)
+    assert status(members) == Status.ALIVE
+    members.watch(A, True, 1000.0)
+    members.tick(1002.9)
+    assert status(members) == Status.ALIVE, "it has just begun to listen"
+    members.tick(1003.0)
+    assert status(members) == Status.SUSPECT
+
+
+def test_a_lone_accuser_is_believed_late_and_three_at_once() -> None:
+    waits = {}
+    for accusers in (1, 2, 3):
+        members = membership(others=8)
+        members.watch(A, False, 0.0)
+        for accuser in (B, C, ME)[:accusers]:
+            told = Entry(A, 1, 1, 1, Status.SUSPECT, accuser)
+            assert members.apply(told, 10.0), "a confirmation is news"
+            assert not members.apply(told, 10.0), "once"
+        members.tick(10.0)
+        waits[accusers] = members.due - 10.0
+    assert waits[1] == 3.0
+    assert round(waits[2], 2) == 1.74
+    assert waits[3] == 1.0
+
+
+def test_a_neighbour_that_is_suspected_already_is_accused_again_by_its_silence_here() -> None:
+    members = membership(others=8)
+    members.apply(Entry(A, 1, 1, 1, Status.SUSPECT, B), 2.5)
+    members.tick(2.9)
+    assert members.verdicts == []
+    members.tick(3.0)
+    assert members.verdicts == [A]
+    assert members.members[A].accusers == {B, ME}
+
+
+def test_in_a_swarm_of_three_nobody_waits_for_confirmations_that_cannot_come() -> None:
+    members = membership(others=1)
+    members.suspect(A, 1.0)
+    members.tick(2.0)
+    assert status(members) == Status.DEAD
 
 
 def test_who_left_is_not_suspected() -> None:
@@ -100,6 +154,13 @@ def test_a_device_that_keeps_being_late_waits_up_to_eight_times_longer() -> None
     for _ in range(7):
         health.woke(0.0)
     assert health.patience == 1
+
+
+def test_who_is_accused_doubts_itself() -> None:
+    health = LocalHealth(heartbeat_s=0.5)
+    for _ in range(20):
+        health.accused()
+    assert health.patience == 8
 
 
 def test_the_table_is_bounded_and_says_what_it_ignored() -> None:

@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from coeld.ids import NodeId
-from coeld.perception.neighbours import choose
+from coeld.perception.neighbours import Rings, positions
 from coeld.perception.resources import Told
 from coeld.view import Resources
 
@@ -56,27 +56,55 @@ def ids(count: int) -> list[NodeId]:
     return [NodeId(f"{index:016x}") for index in range(count)]
 
 
+def rings(me: NodeId, others: list[NodeId]) -> Rings:
+    found = Rings(me, 8)
+    for node in others:
+        found.put(node, True)
+    return found
+
+
 def test_a_small_swarm_is_a_full_mesh() -> None:
     me, *others = ids(9)
-    assert choose(me, others, set(), 8, Random(1)) == set(others)
+    assert rings(me, others).neighbours() == set(others)
 
 
-def test_a_large_swarm_is_connected_with_a_bounded_number_of_links() -> None:
-    everyone = ids(100)
-    links = {
-        me: choose(me, [node for node in everyone if node != me], set(), 8, Random(int(me, 16)))
-        for me in everyone
-    }
-    assert all(len(chosen) == 8 for chosen in links.values())
-    reached, fresh = {everyone[0]}, [everyone[0]]
+@pytest.mark.parametrize("count", [10, 11, 50, 400])
+def test_in_a_large_swarm_everybody_has_few_neighbours_mutually_and_news_needs_few_hops(
+    count: int,
+) -> None:
+    everyone = ids(count)
+    links = {me: rings(me, [n for n in everyone if n != me]).neighbours() for me in everyone}
+    assert all(3 <= len(chosen) <= 8 for chosen in links.values())
+    assert all(me in links[other] for me in everyone for other in links[me])
+    reached, fresh, hops = {everyone[0]}, [everyone[0]], 0
     while fresh:
         fresh = sorted({node for link in fresh for node in links[link]} - reached)
         reached |= set(fresh)
+        hops += bool(fresh)
     assert reached == set(everyone)
+    assert hops <= 5
 
 
-def test_links_are_kept_when_others_come_and_go() -> None:
-    me, *others = ids(40)
-    before = choose(me, others, set(), 8, Random(1))
-    after = choose(me, [*others[:-1], NodeId("f" * 16)], before, 8, Random(2))
-    assert len(before & after) >= 6
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_are_the_next_and_the_last_on_every_ring_whoever_came_and_went(
+    seed: int,
+) -> None:
+    rng = Random(seed)
+    me, *others = ids(60)
+    found, present = Rings(me, 8), set()
+    for _ in range(300):
+        node, there = rng.choice(others), rng.random() < 0.7
+        found.put(node, there)
+        (present.add if there else present.discard)(node)
+    expected = set()
+    for ring in range(4):
+        order = sorted([me, *present], key=lambda node: positions(node, 4)[ring])
+        at = order.index(me)
+        expected |= {order[at - 1], order[(at + 1) % len(order)]}
+    assert found.neighbours() == expected
+
+
+def test_one_that_joins_changes_few_links() -> None:
+    me, *others = ids(100)
+    before = rings(me, others[:-1]).neighbours()
+    assert len(before & rings(me, others).neighbours()) >= 6

@@ -1,0 +1,142 @@
+"""Which codec the rows of one transfer get: as fast as the link allows, no worse than agreed. Pure.
+
+A request may cost its answer a divergence of `kl` nats per token (mean KL against the exact
+output; 0 = exact mode). Errors of different transfers are independent, so their divergences add up:
+KL = Σ c e², with c the sensitivity of the place and e the codec's relative error there. Equal parts
+for all transfers of a token, e = sqrt(kl / (transfers · c)), are also what minimises the bits
+(every bit halves e, so the derivative of KL by bits, 2 ln 2 · c e², must be the same everywhere).
+
+The sender knows the e of what it has encoded. It takes the codec that should be fastest, and the
+next finer one if the rows turn out worse than expected: the budget is kept by computing.
+
+Prefill and decode differ only in their number of rows: one row of a decoding step is carried by the
+round trip, where fewer bytes gain nothing; then the finest codec is taken.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import log2, sqrt
+from typing import Final
+
+from coeld.compression.fusion import Fused, fuse
+from coeld.compression.rotation import Rows
+from coeld.compression.wire import EXACT, STEPS, Codec, Encoded, encode, payload_bytes
+
+SENSITIVITY: Final = 0.25
+"""c of one transfer when nothing is known: measured on SmolLM2, mean over its layers and both
+directions (docs/benchmarks.md)."""
+GAIN_MIN: Final = 0.1
+"""A coarser codec must save this share of the time, or the finer one is used."""
+
+TYPICAL_ERROR: Final = {
+    Codec.FLOAT32: 0.0,
+    Codec.FLOAT16: 2.07e-4,
+    Codec.BFLOAT16: 1.66e-3,
+    Codec.INT8_HADAMARD: 0.008,
+    Codec.INT8_GROUP: 0.011,
+    Codec.INT8_ROW: 0.025,
+}
+"""e on rows of SmolLM2; from fine to coarse. STEPS errs as it is told."""
+
+NS_PER_VALUE: Final = {
+    Codec.FLOAT32: 0.2,
+    Codec.FLOAT16: 5.6,
+    Codec.BFLOAT16: 1.6,
+    Codec.INT8_HADAMARD: 14.0,
+    Codec.INT8_GROUP: 3.5,
+    Codec.INT8_ROW: 2.8,
+    Codec.STEPS_ZLIB: 16.0,
+    Codec.STEPS_ZSTD: 5.5,
+}
+"""Encoding and decoding together, on the machine of docs/benchmarks.md."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """A measured link."""
+
+    rtt_s: float
+    bytes_per_s: float
+
+
+def error_allowed(kl: float, transfers: int, sensitivity: float = SENSITIVITY) -> float:
+    """The e of one of `transfers` transfers that each token makes, within `kl` in all."""
+    return sqrt(kl / (transfers * sensitivity)) if kl > 0 else 0.0
+
+
+def bits_expected(codec: Codec, rows: int, hidden: int, error: float) -> float:
+    """Bits per value; for STEPS the entropy of a Gaussian in such steps, an upper bound."""
+    if codec in STEPS:
+        return max(0.5, log2(1 / (error * sqrt(12))) + 2.05) + 32 / hidden
+    return 8 * payload_bytes(codec, rows, hidden)[1] / (rows * hidden)
+
+
+def seconds_expected(codec: Codec, link: LinkSpeed, rows: int, hidden: int, error: float) -> float:
+    """One way, with half a round trip, encoding and decoding."""
+    values = rows * hidden
+    sent_s = values * bits_expected(codec, rows, hidden, error) / 8 / link.bytes_per_s
+    return link.rtt_s / 2 + sent_s + values * NS_PER_VALUE[codec] * 1e-9
+
+
+def ranked(
+    both_have: Collection[Codec], link: LinkSpeed, rows: int, hidden: int, error: float
+) -> list[Codec]:
+    """The codecs to try, best first; the last one is always within `error`."""
+    if error <= 0:
+        fine = [codec for codec in EXACT if codec in both_have]
+    else:
+        fine = [codec for codec in both_have if codec in STEPS or TYPICAL_ERROR[codec] <= error]
+    times_s = {codec: seconds_expected(codec, link, rows, hidden, error) for codec in fine}
+    quickest_s = min(times_s.values())
+    # Who is about as quick as the quickest competes by fineness, not by time.
+    near = [codec for codec in fine if times_s[codec] * (1 - GAIN_MIN) <= quickest_s]
+    first = min(near, key=lambda codec: TYPICAL_ERROR.get(codec, error))
+    finer = [c for c in TYPICAL_ERROR if TYPICAL_ERROR[c] < TYPICAL_ERROR.get(first, error)]
+    rest = sorted((codec for codec in finer if codec in fine), key=lambda codec: times_s[codec])
+    return [first, *rest]
+
+
+def encode_within(codecs: Sequence[Codec], x: Rows, error: float) -> tuple[Codec, Encoded]:
+    """Encode rows (n, H) with the first of `ranked` codecs whose error is allowed.
+
+    In exact mode (`error` 0) half precision counts as exact unless a value is beyond its range.
+    """
+    limit = max(error, TYPICAL_ERROR[Codec.FLOAT16])
+    for codec in codecs:
+        encoded = encode(codec, x, error * STEPS_MARGIN)
+        if encoded.error <= limit:
+            return codec, encoded
+    return Codec.FLOAT32, encode(Codec.FLOAT32, x)
+
+
+STEPS_MARGIN: Final = 0.97
+"""Rounding errs a little more than s / sqrt(12) where few steps are used."""
+
+
+FUSION_REACH: Final = (1.0, 2.0, 4.0, 8.0)
+"""How much further than the error allowed a row may be from its leader: few rows have one, so the
+mean over all of them is far smaller."""
+FUSION_SHARE: Final = 0.5
+"""Of the squared error of the rows sent: the most that fusion may use; the codec gets the rest."""
+
+
+def fuse_within(x: Rows, error: float, error_back: float) -> tuple[Fused, float]:
+    """Fusion of rows x (n, H) that makes both transfers smallest, and the error left for the codec.
+
+    `error` is allowed on the way out, `error_back` for the results. Fusing makes fewer rows, in
+    both directions, but takes from what the codec may err: it is used only as far as that pays.
+    """
+    hidden = x.shape[1]
+    best, left = fuse(x, 0.0), error
+    codec = Codec.STEPS_ZLIB
+    back = bits_expected(codec, 1, hidden, error_back)
+    size = len(best.leaders) * (bits_expected(codec, 1, hidden, left) + back)
+    for reach in FUSION_REACH:
+        fused = fuse(x, error * reach)
+        if fused.error**2 > FUSION_SHARE * error**2:
+            break
+        rest = sqrt(error**2 - fused.error**2)
+        now = len(fused.leaders) * (bits_expected(codec, 1, hidden, rest) + back)
+        if now < size:
+            best, left, size = fused, rest, now
+    return best, left
