@@ -61,6 +61,8 @@ class Folder:
                 f"{self.source}: {name[:200]!r} points out of the folder. Nothing outside of it "
                 "is read; get the folder again, or copy the file into it."
             )
+        if path.exists() and not path.is_file():
+            self._bad(f"{name} is not a file")  # a pipe could be waited for for ever
         return path
 
     def text(self, name: str, limit: int = TEXT_BYTES_MAX) -> bytes:
@@ -88,7 +90,13 @@ class Folder:
 
 def read_config(folder: Path, source: str) -> dict[str, Any]:
     """config.json. Raises BadModelFile, ModelError."""
-    return Folder(folder, source).json(CONFIG)
+    found = Folder(folder, source)
+    if not found.has(CONFIG):
+        raise ModelError(
+            f"{source} has no {CONFIG}: it is not a model in Hugging Face's form. Of GGUF files, "
+            "name the file itself; one that is on the hub has to be downloaded first."
+        )
+    return found.json(CONFIG)
 
 
 class HfFolder(Folder):
@@ -102,7 +110,7 @@ class HfFolder(Folder):
         self._files: dict[str, SafetensorsFile] = {}
         self._place: dict[str, SafetensorsFile] = {}
         try:
-            self.config: Mapping[str, Any] = self.json(CONFIG)
+            self.config: Mapping[str, Any] = read_config(folder, self.source)
             self._open_tensors()
         except BaseException:
             self.close()

@@ -24,6 +24,8 @@ def open_checkpoint(
     if isinstance(source, str) and source.startswith(PREFIX):
         return open_hub(source, progress)
     path = Path(source)
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ModelError(f"{path} is neither a file nor a folder.")
     try:
         return HfFolder(path) if path.is_dir() else GgufFile(path)
     except OSError as exc:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from coeld.errors import BadModelFile, ModelError, UnsupportedModel
 from coeld.model.hf_folder import HfFolder
+from coeld.model.open_checkpoint import open_checkpoint
 from coeld.model.safetensors_file import HEADER_BYTES_MAX, SafetensorsFile
 from tests.harness.tiny_checkpoints import (
     FAMILIES,
@@ -229,11 +230,20 @@ def test_an_index_that_names_a_pickle_is_refused(folder: Path) -> None:
 
 def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    bad(tmp_path / "empty", "cannot read .*config.json", ModelError)
+    bad(tmp_path / "empty", "has no config.json.*Of GGUF files, name the file", ModelError)
     (folder / "model-00002-of-00003.safetensors").unlink()
     bad(folder, "model-00002-of-00003.safetensors, which .* names, is missing")
     (folder / INDEX).unlink()
     bad(folder, f"neither model.safetensors nor {INDEX}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00003.safetensors", INDEX])
+def test_what_is_no_file_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    bad(folder, f"{name} is not a file")
+    with pytest.raises(ModelError, match="neither a file nor a folder"):
+        open_checkpoint(folder / name)
 
 
 def test_an_index_that_contradicts_the_shards_is_refused(folder: Path) -> None:
