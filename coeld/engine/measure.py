@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.datapath.request import Request
+from coeld.engine.calibrate import memory_mb_per_s
 from coeld.engine.open_model import OpenModel
 from coeld.engine.sessions import PAGE_BYTES, use_threads
 from coeld.errors import BadRequest, PeerGone
 from coeld.ids import NodeId
+from coeld.model.footprint import Part, footprint, token_bytes
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
@@ -89,11 +91,20 @@ class Speed:
     gen_tokens: int
     threads: int
     load_s: float
+    """From nothing to ready, blobs verified; warm if the files are in the page cache."""
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    token_bytes: int
+    """Read per token of decode."""
+    memory_mb_per_s: int
+    """What as many threads read from memory in plain sums, measured right after."""
+    bandwidth_share: float
+    """token_bytes x decode speed / memory bandwidth."""
     weights_bytes: int
     kv_bytes: int
     resident_bytes: int
+    parts: list[Part]
+    """What the weights consist of."""
 
 
 def bench(
@@ -116,16 +127,24 @@ def bench(
     tokens = np.random.default_rng(0).integers(0, manifest.shape.vocab, prompt_tokens).tolist()
     runs = [_run(model, tokens, gen_tokens) for _ in range(repeats + 1)][1:]  # the first warms up
     cache_bytes = max(cache for *_times, cache in runs)
+    decode = gen_tokens / median(run[1] for run in runs)
+    read = token_bytes(manifest, prompt_tokens + gen_tokens // 2)
+    resident = resident_bytes()
+    memory = memory_mb_per_s(threads)
     return Speed(
         prompt_tokens=prompt_tokens,
         gen_tokens=gen_tokens,
         threads=threads,
         load_s=round(load_s, 3),
         prefill_tokens_per_s=round(prompt_tokens / median(run[0] for run in runs), 1),
-        decode_tokens_per_s=round(gen_tokens / median(run[1] for run in runs), 1),
+        decode_tokens_per_s=round(decode, 1),
+        token_bytes=read,
+        memory_mb_per_s=memory,
+        bandwidth_share=round(read * decode / memory / 1e6, 3),
         weights_bytes=manifest.weights_bytes,
         kv_bytes=cache_bytes,
-        resident_bytes=resident_bytes(),
+        resident_bytes=resident,
+        parts=footprint(manifest),
     )
 
 

@@ -40,11 +40,17 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.model}, {speed.threads} threads, median of {arguments.repeats}")
     print(f"  prefill {speed.prompt_tokens:5} tokens  {speed.prefill_tokens_per_s:8.1f} tok/s")
     print(f"  decode  {speed.gen_tokens:5} tokens  {speed.decode_tokens_per_s:8.1f} tok/s")
+    print(
+        f"  reads   {speed.token_bytes / 1e6:.1f} MB a token: {speed.bandwidth_share:.0%} of the "
+        f"{speed.memory_mb_per_s / 1000:.1f} GB/s that memory gives"
+    )
     print(f"  load    {speed.load_s:.2f} s")
     print(
         f"  memory  {speed.resident_bytes / 1e6:.0f} MB resident, of them "
         f"{speed.weights_bytes / 1e6:.0f} MB weights and {speed.kv_bytes / 1e6:.0f} MB KV cache"
     )
+    for part in speed.parts:
+        print(f"          {part.name}: {part.blobs} x {part.bytes / part.blobs / 1e6:.2f} MB")
     return 0
 
 

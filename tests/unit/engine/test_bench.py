@@ -16,6 +16,10 @@ def test_every_figure_is_there(tiny, tiny_store) -> None:
     assert speed["prefill_tokens_per_s"] > 0
     assert speed["decode_tokens_per_s"] > 0
     assert speed["weights_bytes"] == tiny.weights_bytes
+    assert sum(part["bytes"] for part in speed["parts"]) == tiny.weights_bytes
+    assert 0 < speed["token_bytes"] <= tiny.weights_bytes + speed["kv_bytes"]
+    assert speed["memory_mb_per_s"] > 100
+    assert 0 < speed["bandwidth_share"] < 10
     assert 0 < speed["kv_bytes"] < speed["resident_bytes"]
     assert "16 tokens" in bench(tiny_store, *words).stdout
 
