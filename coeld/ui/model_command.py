@@ -100,12 +100,13 @@ def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") ->
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
     name = args.name or entry.name
-    if name in store.names():
+    if name == entry.name and args.budget is None and name in store.names():
         return store.manifest(name)
     from coeld.model.fetch import fetched
-    from coeld.model.importer import Origin, import_checkpoint
+    from coeld.model.importer import Origin, import_checkpoint, require_new
     from coeld.model.open_checkpoint import open_checkpoint
 
+    require_new(store, name)
     origin = Origin(entry.pip.source, entry.licence)
     with (
         store.lock(),

@@ -68,8 +68,11 @@ def test_an_unknown_name_is_an_error(place: Path, words: tuple[str, ...]) -> Non
         run(*words)
 
 
-def test_a_known_model_keeps_its_name(place: Path) -> None:
-    with pytest.raises(ModelError, match="--name is for files"):
+def test_a_known_model_under_a_name_that_is_taken_is_refused_before_the_download(
+    place: Path, tiny_gguf: Path
+) -> None:
+    run("add", str(tiny_gguf), "--name", "other")
+    with pytest.raises(ModelError, match="installed already"):
         run("add", "smollm2-135m-instruct", "--name", "other")
 
 
