@@ -17,8 +17,23 @@ from numpy.typing import NDArray
 QUIET: Final = 1e-3
 """Channels below this part of the loudest are treated as if they carried this much."""
 
+PRIOR_ROWS: Final = 16
+"""Few rows say little: a channel's mean square is mixed with this many rows of the average."""
+
 
 def smoothing(loudest: NDArray[np.float64]) -> NDArray[np.float32]:
     """Per channel, about the root of the loudest absolute value it carries: 2 ** (k / 4)."""
     floor = max(float(loudest.max()) * QUIET, 1e-30)
     return np.exp2(np.round(2 * np.log2(np.maximum(loudest, floor))) / 4).astype(np.float32)
+
+
+def carried(rows: NDArray[np.float64]) -> NDArray[np.float32]:
+    """(n, K) to the mean square of each channel, (K,): what its weights' errors are weighted by."""
+    squares = np.square(rows).sum(axis=0)
+    average = float(squares.mean()) / max(1, len(rows))
+    mean = (squares + PRIOR_ROWS * average) / (len(rows) + PRIOR_ROWS)
+    floor = max(average * QUIET**2, 1e-30)
+    found: NDArray[np.float32] = np.exp2(np.round(4 * np.log2(np.maximum(mean, floor))) / 4).astype(
+        "f4"
+    )
+    return found

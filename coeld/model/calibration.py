@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from coeld.compression.smooth import smoothing
+from coeld.compression.smooth import carried, smoothing
 from coeld.model.families.blueprint import Blueprint
 from coeld.model.manifest import Activation, Routing
 
@@ -60,6 +60,10 @@ class Calibration:
         """What the experts of the layer read: (tokens, H), after smoothing."""
         self.gates: Doubles = np.zeros((len(tokens), 1))
         """Each expert's weight in each row, 0 where it was not chosen: (tokens, E)."""
+        self.into_gate: Floats = np.ones(shape.hidden, np.float32)
+        """Mean square of what each channel of the layer's experts reads: (H,), after smoothing."""
+        self.into_down: Floats = np.ones(1, np.float32)
+        """The same for down of the last expert: (neurons,)."""
 
     def trunk(self, weights: Weights) -> Weights:
         """The next layer's trunk with smoothed channels: the same function."""
@@ -101,6 +105,7 @@ class Calibration:
         normed = rms_norm(self._x, weights["ffn_norm"], shape.norm_epsilon)
         self._into_ffn = into = smoothing(np.abs(normed).max(0))
         self.rows = normed / into
+        self.into_gate = carried(self.rows)
         smooth["ffn_norm"] = weights["ffn_norm"] / into
         for name in ("router.w", "shared_score"):
             if name in weights:
@@ -136,8 +141,10 @@ class Calibration:
         up = times(rows, smooth["up"]) + weights.get("up.b", 0)
         hidden = swiglu(gate, up, activation)
         y = times(hidden, weights["down"]) + weights.get("down.b", 0)
+        self.into_down = carried(hidden)
         if every and activation.beta == 0 and activation.limit == 0:
             into_down = smoothing(np.abs(hidden).max(0))
+            self.into_down = carried(hidden / into_down)
             smooth["up"] /= into_down[:, None]
             if "up.b" in weights:
                 smooth["up.b"] = weights["up.b"] / into_down

@@ -174,7 +174,9 @@ class _Run:
             for states in copies:
                 states.expert(number, weights)
             for own in range(slices):
-                self._compare(found, number + own, neurons(smoothed, own, slices))
+                width = slice(own * shape.expert_width, (own + 1) * shape.expert_width)
+                carried = (exact.into_gate, exact.into_down[width])
+                self._compare(found, number + own, neurons(smoothed, own, slices), carried)
         self.layers.append(found)
         if not np.isfinite(found.squared).all():
             raise UnsupportedModel(f"layer {index} gives values that are no numbers on this text.")
@@ -184,14 +186,17 @@ class _Run:
                 error = np.where((loud == kind)[:, None], found.probe, 0)
                 self.probes.append(_Probe(index, kind, exact.fork(error)))
 
-    def _compare(self, found: _Layer, expert: int, weights: Weights) -> None:
+    def _compare(
+        self, found: _Layer, expert: int, weights: Weights, carried: tuple[Floats, Floats]
+    ) -> None:
         """One expert at each width with the exact one, on the rows it is given."""
         gates = found.gates[expert]
         chosen = np.flatnonzero(gates)
         rows, activation = self._exact.rows[chosen], self._blueprint.shape.activation
         want = _feed(weights, rows, activation)
         for place, bits in enumerate(WIDTHS):
-            error = _feed(_rounded_to(weights, bits, self._blueprint.block), rows, activation)
+            rounded = _rounded_to(weights, bits, self._blueprint.block, carried)
+            error = _feed(rounded, rows, activation)
             error -= want
             error *= gates[chosen, None]
             found.squared[expert, place, chosen] = np.square(error).sum(axis=1)
@@ -241,12 +246,15 @@ def _feed(weights: Weights, rows: Doubles, activation: Activation) -> Doubles:
     return times(swiglu(gate, up, activation), weights["down"])
 
 
-def _rounded_to(weights: Weights, bits: int, block: int) -> dict[str, Floats]:
+def _rounded_to(
+    weights: Weights, bits: int, block: int, carried: tuple[Floats, Floats]
+) -> dict[str, Floats]:
     """The weights as they come back from the store."""
+    into_gate, into_down = carried
     found = dict(weights)
-    for name in ("gate", "up", "down"):
+    for name, into in (("gate", into_gate), ("up", into_gate), ("down", into_down)):
         matrix = np.ascontiguousarray(weights[name])
-        found[name] = dequantize(*quantize(matrix, bits, block), bits)
+        found[name] = dequantize(*quantize(matrix, bits, block, into), bits)
     return found
 
 

@@ -229,8 +229,17 @@ class _Import:
         widths = iter(self._bits[_layer(part)])
         for expert in several:
             for own in range(slices):
-                weights = expert_weights(neurons(expert, own, slices), Form(next(widths), block))
+                form = Form(next(widths), block)
+                weights = expert_weights(neurons(expert, own, slices), form, *self._carried(own))
                 yield onnx_blobs.expert_blob(weights, shape)
+
+    def _carried(self, own: int) -> tuple[Floats | None, Floats | None]:
+        """Mean squares of what fc1 and fc2 of the last expert read, or of its slice `own`."""
+        if self._calibration is None:
+            return None, None
+        width = self._shape.expert_width
+        into_down = self._calibration.into_down[own * width : (own + 1) * width]
+        return self._calibration.into_gate, into_down
 
     def _weights(self, part: str) -> Iterator[dict[str, Floats]]:
         """A layer's trunk, then its experts (or dense block), smoothed, as float32."""
@@ -339,18 +348,26 @@ def trunk_weights(layer: dict[str, Floats], shape: Shape, form: Form) -> Weights
     return weights
 
 
-def expert_weights(expert: dict[str, Floats], form: Form) -> Weights:
-    """An expert, quantised, under the names of the manifest: rows of gate and up alternate."""
+def expert_weights(
+    expert: dict[str, Floats],
+    form: Form,
+    into_gate: Floats | None = None,
+    into_down: Floats | None = None,
+) -> Weights:
+    """An expert, quantised, under the names of the manifest: rows of gate and up alternate.
+
+    `into_gate` (H,) and `into_down` (I,) are the mean squares of what the matrices read.
+    """
 
     def woven(gate: Floats, up: Floats) -> Floats:
         return np.stack([gate, up], 1).reshape(2 * len(gate), *gate.shape[1:])
 
     fc1 = woven(expert["gate"], expert["up"])
-    weights: Weights = dict(onnx_blobs.expert_matrix(fc1, "fc1", form.bits, form.block))
+    weights: Weights = dict(onnx_blobs.expert_matrix(fc1, "fc1", form.bits, form.block, into_gate))
     if "gate.b" in expert:
         weights["fc1.b"] = woven(expert["gate.b"], expert["up.b"])[None]
     down = np.ascontiguousarray(expert["down"])
-    weights |= onnx_blobs.expert_matrix(down, "fc2", form.bits, form.block)
+    weights |= onnx_blobs.expert_matrix(down, "fc2", form.bits, form.block, into_down)
     if "down.b" in expert:
         weights["fc2.b"] = expert["down.b"][None]
     return weights

@@ -47,11 +47,17 @@ class Blob:
     tensors: dict[str, TensorRef]
 
 
-def expert_matrix(weight: NDArray[np.float32], name: str, bits: int, block: int) -> Weights:
+def expert_matrix(
+    weight: NDArray[np.float32],
+    name: str,
+    bits: int,
+    block: int,
+    importance: NDArray[np.float32] | None = None,
+) -> Weights:
     """(N, K) as QMoE and MoE read it, for one expert."""
     if bits == FLOAT_BITS:
         return {f"{name}.w": weight[None]}
-    w, s = quantize(weight, bits, block)
+    w, s = quantize(weight, bits, block, importance)
     return {f"{name}.w": w[None], f"{name}.s": s[None]}
 
 

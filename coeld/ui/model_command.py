@@ -99,13 +99,13 @@ def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") ->
 
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
-    if args.name is None and entry.name in store.names():
-        return store.manifest(entry.name)
+    name = args.name or entry.name
+    if args.name is None and args.budget is None and name in store.names():
+        return store.manifest(name)
     from coeld.model.fetch import fetched
     from coeld.model.importer import Origin, import_checkpoint, require_new
     from coeld.model.open_checkpoint import open_checkpoint
 
-    name = args.name or entry.name
     require_new(store, name)
     origin = Origin(entry.pip.source, entry.licence)
     with (

@@ -80,7 +80,7 @@ def choose(
     if vocabulary is None:
         raise BadRequest("--budget: this model has no tokenizer, so that no text can be measured.")
     tokens = sample(vocabulary.json, _read(args.calibrate))
-    statistics = measure(plan, tokens, args.calibrate.name, progress)
+    statistics = measure(plan, tokens, args.calibrate.name, _in_bytes(progress, checkpoint.bytes))
     allocation = Allocation(plan, args.trunk_bits, statistics, WIDTHS)
     chosen = allocation.fit(args.budget)
     if args.report is not None:
@@ -88,6 +88,11 @@ def choose(
         _report(allocation, chosen, name, path)
     table = chosen.table
     return Precision(lambda layer, expert: table[layer][expert], args.trunk_bits, statistics)
+
+
+def _in_bytes(progress: "Progress", total: int) -> "Progress":
+    """The same share of the source's bytes, in which a user is told of progress."""
+    return lambda done, of, what: progress(total * done // of, total, what)
 
 
 def _read(path: Path) -> str:
