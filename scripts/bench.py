@@ -1,4 +1,4 @@
-"""The figures of docs/benchmarks.md: one device in process, three daemons on loopback."""
+"""The figures of docs/benchmarks.md: one device, three daemons, engines side by side."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import bench_engines
 import demo
 import psutil
 from demo import COELD, MODEL, Device
@@ -124,7 +125,21 @@ def main() -> int:
     parser.add_argument("--text", type=Path, help="a text of 12288 tokens or more, for perplexity")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of the single device")
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        action="append",
+        help="only compare engines on this file; may be repeated",
+    )
+    parser.add_argument(
+        "--bits", action="append", help="for --gguf: bits of experts, or EXPERTS/TRUNK"
+    )
     arguments = parser.parse_args()
+    if arguments.gguf:
+        bench_engines.table(
+            arguments.gguf, arguments.bits or ["8", "4/4"], arguments.threads, arguments.repeats
+        )
+        return 0
     subprocess.run([COELD, "model", "add", MODEL], check=True, stdout=subprocess.DEVNULL)
     load = os.getloadavg()[0]
     print(

@@ -12,7 +12,7 @@ from typing import Final
 from coeld.compression.budget import Choice, solve
 from coeld.errors import BudgetTooSmall
 from coeld.model.families.blueprint import Blueprint
-from coeld.model.manifest import HEAD_BLOCK, Form, expert_matrices, trunk_matrices
+from coeld.model.manifest import Form, expert_matrices, head_block, trunk_matrices
 from coeld.model.onnx_blobs import FLOAT_BITS
 from coeld.model.statistics import Statistics
 
@@ -92,7 +92,7 @@ def trunk_bytes(blueprint: Blueprint, trunk_bits: int) -> int:
     """Weight bytes of all but the experts, biases of dense blocks included."""
     shape = blueprint.shape
     form = Form(trunk_bits, blueprint.block)
-    head = Form(FLOAT_BITS if trunk_bits == FLOAT_BITS else 8, HEAD_BLOCK)
+    head = Form(FLOAT_BITS if trunk_bits == FLOAT_BITS else 8, head_block(shape.hidden))
     copies = 1 if blueprint.tied else 2
     total = copies * matrix_bytes(shape.vocab, shape.hidden, head) + 4 * shape.hidden
     matrices = {name: matrix_bytes(n, k, form) for name, n, k in trunk_matrices(shape)}

