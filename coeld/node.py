@@ -27,7 +27,7 @@ from coeld.events import (
     ResourcesSampled,
     Tick,
 )
-from coeld.ids import Lot, NodeId
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Claim, Record
 from coeld.node_config import NodeConfig
 from coeld.node_status import describe
@@ -99,6 +99,14 @@ class Node:
         """A clean goodbye; afterwards the node does nothing any more."""
         self._left = True
         return self.perception.leave()
+
+    def holders(self) -> list[tuple[ModelHash, str, int]]:
+        """Which model the other devices have, and where each serves its blobs."""
+        return [
+            (record.model, record.blob_host, record.blob_port)
+            for record in self.perception.present()
+            if record.origin != self.node_id and record.model is not None and record.blob_port
+        ]
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""

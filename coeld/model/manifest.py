@@ -207,11 +207,15 @@ class Manifest:
         refs = (self.embedding, self.head, *self.trunk)
         return list({ref.sha256: ref for ref in refs}.values())
 
+    def text_blobs(self) -> list[BlobRef]:
+        """Tokenizer and chat template, where there are any."""
+        return [ref for ref in (self.tokenizer, self.chat_template) if ref is not None]
+
     def blobs(self) -> list[BlobRef]:
         """Every blob once."""
         refs = self.trunk_blobs()
         refs += [ref for layer in self.experts for ref in layer]
-        refs += [ref for ref in (self.tokenizer, self.chat_template) if ref is not None]
+        refs += self.text_blobs()
         return list({ref.sha256: ref for ref in refs}.values())
 
     @property
