@@ -235,6 +235,11 @@ class Manifest:
             experts=self.shape.experts,
             lot_bytes=max(tensor_bytes(ref) for layer in self.experts for ref in layer),
             trunk_bytes=self.trunk_bytes,
+            top_k=self.shape.top_k,
+            hidden=self.shape.hidden,
+            embedding_bytes=0 if self.tied else tensor_bytes(self.embedding),
+            head_bytes=tensor_bytes(self.head),
+            kv_bytes_per_token=8 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim,
         )
 
 
