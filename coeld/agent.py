@@ -36,14 +36,24 @@ from coeld.effects import (
     SwapRoutes,
 )
 from coeld.engine.protocol import ENGINE_COMMAND, EngineOptions
-from coeld.errors import NoModel
-from coeld.events import EngineStarted, Event, MessageReceived, ResourcesSampled, Tick
+from coeld.errors import NoModel, Starting
+from coeld.events import (
+    EngineStarted,
+    EngineStopped,
+    Event,
+    MessageReceived,
+    ResourcesSampled,
+    Tick,
+)
 from coeld.host import state_dir
 from coeld.host.notify import notify
 from coeld.host.places import Places, places
 from coeld.host.sensors import Sensors
+from coeld.model.store import Store
+from coeld.net.blobs import listening
 from coeld.net.engine_link import Answer, EngineLink
 from coeld.net.mqtt import BusOptions, ControlBus
+from coeld.net.weights import Weights
 from coeld.node import Node, NodeConfig
 
 INBOX_MAX: Final = 4096
@@ -81,26 +91,39 @@ class Agent:
             if self._identity.renewed:
                 log.warning("the identity was damaged: this device is a new one for the swarm")
             self._bus = ControlBus(self._bus_options(), self._deliver, self._rng)
-            with self._listening() as sockets:
+            network = self._config.network
+            with self._listening() as sockets, listening(network.host, network.blob_port) as blobs:
                 await self._bus.start()
-                self._node = self._make_node()
+                self._node = self._make_node(blobs)
                 self._engine = EngineLink(
                     self._engine_options(),
                     self._config.model.name,
                     self._deliver,
                     self._engine_command,
                 )
+                self._weights = Weights(
+                    Store(self._where.store_dir),
+                    self._config.model.name,
+                    self._identity.node,
+                    network.blob_mb_per_s * 1e6,
+                    self._config.device.disk_free_mb * 1_000_000,
+                    self._node.holders,
+                    self._engine.load,
+                    self._deliver,
+                )
                 self._api = Api(self)
                 try:
-                    await self._run_parts(sockets)
+                    await self._run_parts(sockets, blobs)
                 finally:
                     notify("STOPPING=1")
 
-    async def _run_parts(self, sockets: list[socket.socket]) -> None:
+    async def _run_parts(self, sockets: list[socket.socket], blobs: socket.socket) -> None:
         parts = {
             "bus": self._bus.run(),
             "engine": self._engine.run(),
             "api": serve(self._api.app, sockets),
+            "blobs": serve(self._weights.server.app, [blobs]),
+            "weights": self._weights.run(self._open_model),
             "node": self._drive_node(),
             "sensors": self._sample(),
         }
@@ -147,6 +170,8 @@ class Agent:
         if isinstance(event, MessageReceived) and self._inbox.qsize() >= INBOX_MAX:
             self._dropped += 1
             return
+        if isinstance(event, EngineStopped):
+            self._weights.forget()
         if isinstance(event, EngineStarted):  # its speed comes before what it makes possible
             self._inbox.put_nowait(self._resources())
         self._inbox.put_nowait(event)
@@ -182,7 +207,7 @@ class Agent:
             case Disconnect(node):
                 self._bus.disconnect(node)
             case LoadLots(lots):
-                self._engine.load(lots)
+                self._weights.load(self._open_model() or "", lots)
             case DropLots(lots):
                 self._engine.drop(lots)
             case SwapRoutes(table):
@@ -213,6 +238,9 @@ class Agent:
             await self._perform(effect)
         await asyncio.sleep(GOODBYE_S)
 
+    def _open_model(self) -> str | None:
+        return self._engine.model.name if self._engine.model else None
+
     # What the API asks (coeld.api.server.Answering)
 
     def model(self) -> tuple[str, int] | None:
@@ -220,6 +248,8 @@ class Agent:
         return (found.name, self._engine.context_tokens) if found else None
 
     def not_ready(self) -> NoModel:
+        if self._weights.fetching:
+            return Starting(f"no model can answer yet: fetching {self._weights.fetching}")
         return self._engine.not_ready()
 
     def generate(self, request: dict[str, Any]) -> AbstractAsyncContextManager[Answer]:
@@ -238,6 +268,7 @@ class Agent:
                 "context_tokens": self._engine.context_tokens,
                 "stats": await self._engine.stats(),
             },
+            "weights": self._weights.status(),
             "bus": self._bus.status() | {"inbox_dropped": self._dropped},
             "agent": {
                 "pid": os.getpid(),
@@ -264,13 +295,15 @@ class Agent:
             brokers=tuple(broker_address(url) for url in swarm.brokers),
         )
 
-    def _make_node(self) -> Node:
+    def _make_node(self, blobs: socket.socket) -> Node:
         swarm = self._config.swarm
         config = NodeConfig(
             swarm=swarm.name,
             name=(self._config.device.name or socket.gethostname())[:64],
             mqtt_host="" if swarm.brokers else self._config.network.host,
             mqtt_port=self._bus.port or None,
+            blob_host=self._config.network.host,
+            blob_port=blobs.getsockname()[1],
             heartbeat_ms=swarm.heartbeat_ms,
             silence_ms=swarm.silence_ms,
             suspicion_ms=swarm.suspicion_ms,

@@ -47,6 +47,13 @@ class Device:
         'Models on disk; several daemons of one machine may share it. "" = $COELD_STORE, else '
         "$STATE_DIRECTORY/store under systemd, else ~/.local/share/coeld/store.",
     )
+    disk_free_mb: int = _key(
+        2000,
+        "Megabytes (10^6 bytes) that stay free on the store's disk. While there are more, this "
+        "device also keeps weights that it does not serve: a copy for when others vanish.",
+        0,
+        1_000_000_000,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,19 @@ class Network:
     )
     data_port: int = _key(
         0, "TCP port of the data path (expert calls). 0 = any free one.", 0, 65535
+    )
+    blob_port: int = _key(
+        0,
+        "TCP port where other devices fetch weights that are on this one's disk. 0 = any free one.",
+        0,
+        65535,
+    )
+    blob_mb_per_s: float = _key(
+        10.0,
+        "Megabytes (10^6 bytes) of weights per second that this device sends, and as many that it "
+        "fetches. More fills a new device sooner and disturbs answers more. 0 = no limit.",
+        0.0,
+        100_000.0,
     )
     mqtt_port: int = _key(
         1884,
@@ -311,11 +331,13 @@ def _check_across(config: Config) -> None:
         split_address("swarm.neighbours", address)
     for url in swarm.brokers:
         broker_address(url)
-    ports = [port for port in (network.data_port, config.api.tcp_port) if port]
+    fixed = (network.data_port, network.blob_port, config.api.tcp_port)
+    ports = [port for port in fixed if port]
     ports += [network.mqtt_port] if network.mqtt_port and not swarm.brokers else []
     if len(set(ports)) != len(ports):
         raise ConfigError(
-            "network.data_port, network.mqtt_port and api.tcp_port must differ from each other."
+            "network.data_port, network.blob_port, network.mqtt_port and api.tcp_port must differ "
+            "from each other."
         )
     if network.host in ("", "0.0.0.0", "::"):
         raise ConfigError(

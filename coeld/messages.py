@@ -89,6 +89,9 @@ class Record:
     epoch: int = 0
     fingerprint: str = ""
     """Of the route table it uses: 16 hex digits, or empty."""
+    blob_host: str = ""
+    blob_port: int = 0
+    """Where it serves the weights it has on disk; 0: nowhere."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -269,6 +272,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "routes": record.fingerprint,
     }
+    if record.blob_port:
+        value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
         value["model"] = record.model
         value["data"] = [record.data_host, record.data_port]
@@ -281,6 +286,7 @@ def _record(value: Any) -> Record:
     if not isinstance(value, dict):
         raise FrameError("a record is not a JSON object: message ignored")
     mqtt_host, mqtt_port = _address(value, "mqtt")
+    blob_host, blob_port = _address(value, "blobs") if "blobs" in value else ("", 0)
     model, data = None, ("", 0)
     claims: tuple[Claim, ...] = ()
     serving: tuple[Lot, ...] = ()
@@ -296,6 +302,8 @@ def _record(value: Any) -> Record:
         name=_text(value, "name", NAME_CHARS_MAX),
         mqtt_host=mqtt_host,
         mqtt_port=mqtt_port,
+        blob_host=blob_host,
+        blob_port=blob_port,
         memory_budget_bytes=_int(value.get("budget"), "budget", COUNTER_MAX),
         cpu_load_percent=_int(value.get("load"), "load", 100),
         kernel_mb_per_s=_int(value.get("speed"), "speed", COUNTER_MAX),

@@ -7,12 +7,15 @@ simulator: the same events at the same times with the same Random give the same 
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import Quiet, owners, unclaimed
-from coeld.deployment.pricing import bid, capacity, claimable, value_ns
+from coeld.deployment.pricing import bids, capacity, claimable
+from coeld.deployment.proposal import Deliberation
+from coeld.deployment.supply import facts_of
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
     CallFailed,
@@ -27,7 +30,7 @@ from coeld.events import (
     ResourcesSampled,
     Tick,
 )
-from coeld.ids import Lot, NodeId
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Claim, Record
 from coeld.node_config import NodeConfig
 from coeld.node_status import describe
@@ -36,6 +39,7 @@ from coeld.perception.resources import Told
 from coeld.routes import RouteTable
 from coeld.update.migration import LotState, Migration, Move, Plan, Wish
 from coeld.update.switchover import Switchover
+from coeld.update.worth import worth_moving
 from coeld.view import ModelDemand
 
 __all__ = ["Node", "NodeConfig"]
@@ -58,6 +62,10 @@ class Node:
         self._leading: dict[Task, Offer] | None = None
         """The best claims; None: not counted since they changed."""
         self._lots: list[Lot] = []
+        self._thinking: Deliberation | None = None
+        self._considered: object = None
+        """What was served and held when bids were last worked out; None: work them out."""
+        self._bids: dict[Lot, int] = {}
         self._missing_bytes = 0
         self._bid_wanted = True
         self._bid_at = 0.0
@@ -99,6 +107,14 @@ class Node:
         """A clean goodbye; afterwards the node does nothing any more."""
         self._left = True
         return self.perception.leave()
+
+    def holders(self) -> list[tuple[ModelHash, str, int]]:
+        """Which model the other devices have, and where each serves its blobs."""
+        return [
+            (record.model, record.blob_host, record.blob_port)
+            for record in self.perception.present()
+            if record.origin != self.node_id and record.model is not None and record.blob_port
+        ]
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
@@ -160,29 +176,73 @@ class Node:
         """Deployment: claim the best lots that nobody else bids more for."""
         if (barred := self.migration.barred(now)) != self._barred:
             self._barred, self._bid_wanted = barred, True
-        if self._market_moved(now):
+        if self._market_moved(now) or self.perception.supply != self._seen_supply:
             self._bid_wanted = True
         if not self._bid_wanted or now < self._bid_at:
             return
-        self._bid_wanted = False
-        self._bid_at = now + self.config.round_ms / 1000
         me = self.perception.me
         if self.demand is not None and me.model == self.demand.model:
+            if not self._deliberate(self.demand):
+                self._quiet.disturb(now, self.config.settle_ms / 1000)
+                return
             rivals = leaders(r for r in self._market() if r.origin != self.node_id)
             self.perception.tell(claims=self._bundle(self.demand, rivals))
             self._market_moved(now)
+        self._bid_wanted = False
+        self._bid_at = now + self.config.round_ms / 1000
+
+    def _deliberate(self, demand: ModelDemand) -> bool:
+        """Think a little about where everything should be; True when bids follow from it."""
+        records = self._market()
+        facts = facts_of(demand, records)
+        if self._thinking is None or self._thinking.facts != facts:
+            self._thinking, self._considered = Deliberation(facts), None
+        if not self._thinking.advance():
+            return False
+        served, held = self._served(records), self._held(demand)
+        if self._considered != (served, held):
+            self._considered = (served, held)
+            wanted = self._owners_wanted(served, demand.lot_bytes)
+            self._bids = bids(facts.model(), self.node_id, wanted, held)
+        return True
+
+    def _served(self, records: list[Record]) -> dict[Lot, NodeId]:
+        """Of those who serve a lot, the one who counts: the auction's winner, or the first."""
+        served: dict[Lot, NodeId] = {}
+        winners = owners(self._leaders())
+        for record in sorted(records, key=lambda record: record.origin, reverse=True):
+            for lot in record.serving:
+                if lot not in served or served[lot] != winners.get(lot):
+                    served[lot] = record.origin
+        return served
+
+    def _held(self, demand: ModelDemand) -> set[Lot]:
+        """Lots that are here to stay: of layers that are here whole, if layers are kept whole."""
+        assert self._thinking is not None
+        kept = {lot for lot in self._lots if self.migration.keeps(lot)}
+        if not self._thinking.whole:
+            return kept
+        counts = Counter(lot.layer for lot in kept)
+        return {lot for lot in kept if counts[lot.layer] == demand.experts}
+
+    def _owners_wanted(self, served: Mapping[Lot, NodeId], lot_bytes: int) -> Mapping[Lot, NodeId]:
+        """The best placement, or the present one if moving there does not pay."""
+        assert self._thinking is not None
+        fresh = self._thinking.fresh(served)
+        kept = self._thinking.kept(served, fresh) if fresh else None
+        if fresh is None or kept is None:
+            return fresh.owners if fresh else {}
+        moved = sum(kept.owners[lot] != node for lot, node in fresh.owners.items())
+        pays = worth_moving(kept.price_ns, fresh.price_ns, moved * lot_bytes)
+        return (fresh if pays else kept).owners
 
     def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
-        """This device's claims, at what a lot is worth to it held and not held."""
-        speed = self.perception.me.kernel_mb_per_s
-        fresh, held = (value_ns(demand.lot_bytes, speed, has) for has in (False, True))
-        kept = Counter(lot.layer for lot in self._lots if self.migration.keeps(lot))
-        whole = {layer for layer, count in kept.items() if count == demand.experts}
+        """This device's claims."""
         rooms = [capacity(record.memory_budget_bytes, demand) for record in self._market()]
         return bundle(
             self.node_id,
             self._lots,
-            lambda lot: bid(self.node_id, lot.layer, held if lot.layer in whole else fresh),
+            self._bids.__getitem__,
             rivals,
             claimable(self._capacity(), rooms, demand),
             self.config.replicas_max,
@@ -242,6 +302,7 @@ class Node:
         self.switchover.forget()
         self.demand = event.demand
         self._lots = event.demand.lots() if event.demand else []
+        self._thinking = None
         self._joined_at = now + self.config.join_ms / 1000
         self._bid_wanted = True
         self._missing_bytes = 0

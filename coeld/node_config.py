@@ -19,6 +19,9 @@ class NodeConfig:
     """Where others reach this device's own broker; empty when external brokers are used."""
     mqtt_port: int | None = None
     """1..65535, or None when external brokers are used."""
+    blob_host: str = ""
+    blob_port: int = 0
+    """Where others fetch the weights that this device has on disk; 0: nowhere."""
     heartbeat_ms: int = 500
     """50..60000. Shorter finds failures sooner and repairs lost messages sooner; costs about 160
     bytes to each neighbour per beat, whatever the size of the swarm."""

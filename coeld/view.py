@@ -34,8 +34,27 @@ class ModelDemand:
     """Bytes of one lot (the largest, if they differ)."""
     trunk_bytes: int
     """Bytes every device that decodes holds besides its lots."""
+    top_k: int = 0
+    """Lots of a layer that one token uses; 0: all of them, as in a dense model."""
+    hidden: int = 0
+    """Values in a row that travels to a lot and back."""
+    embedding_bytes: int = 0
+    """The part of the trunk of which a token reads one row only."""
+    head_bytes: int = 0
+    """The part of the trunk that is read once per answer token, after the last layer."""
+    kv_bytes_per_token: int = 0
+    """KV cache that one token of context takes and every later token reads, in all layers."""
+    popularity: tuple[tuple[int, ...], ...] = ()
+    """Per layer and expert: the probability that a token uses it, in millionths. Empty: all the
+    same."""
+
+    @property
+    def used(self) -> int:
+        """Lots of a layer that one token uses."""
+        return self.top_k or self.experts
+
+    def lots_of(self, layer: int) -> list[Lot]:
+        return [Lot(layer, expert) for expert in range(self.experts)]
 
     def lots(self) -> list[Lot]:
-        return [
-            Lot(layer, expert) for layer in range(self.layers) for expert in range(self.experts)
-        ]
+        return [lot for layer in range(self.layers) for lot in self.lots_of(layer)]

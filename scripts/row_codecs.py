@@ -128,13 +128,13 @@ class Meter:
         return out
 
 
-def plain(codec: Codec, errors: NDArray[np.float64] | float = 0.0) -> Callable[[Meter], Transfer]:
-    """Both directions through one codec, with the errors (L, 2) allowed."""
+def plain(codec: Codec, errors: NDArray[np.float64] | None = None) -> Callable[[Meter], Transfer]:
+    """Both directions through one codec, for STEPS with the errors (L, 2) allowed."""
 
     def make(meter: Meter) -> Transfer:
         def transfer(layer: int, x: Rows, block: Block) -> Rows:
             meter.fp16_bytes += 4 * x.size
-            out, back = np.broadcast_to(errors, (layer + 1, 2))[layer]
+            out, back = (0.0, 0.0) if errors is None else errors[layer]
             return meter.carry(codec, block(meter.carry(codec, x, out)), back)
 
         return transfer

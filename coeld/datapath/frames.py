@@ -171,7 +171,7 @@ def unpack_text(payload: memoryview) -> dict[str, Any]:
     """The JSON of a HELLO or ERROR. Raises FrameError."""
     try:
         value = json.loads(bytes(payload))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise FrameError("a text frame is not JSON") from exc
     if not isinstance(value, dict):
         raise FrameError("a text frame is not an object")

@@ -1,27 +1,30 @@
-"""What this device can hold and what a lot is worth to it: integers, from measured figures. Pure.
+"""What this device can hold and what it bids for each lot: integers, from shared facts. Pure.
 
-A lot's value is the time that owning it here saves per token against reading it from the slowest
-disk each time, in nanoseconds: bytes / disk speed − bytes / kernel speed. Whoever holds all of a
-layer already counts its own cost as a fifth less, so another must be 25 % faster to take it:
-moving is not free, and this keeps noise from moving anything; a layer that is torn between devices
-has no such tie and comes together again. Below the value, 16 bits of a rendezvous hash of device
-and *layer* break ties: equal devices get whole layers, and the choice stays the same when others
-join or leave.
+A bid is one integer that decides, in three parts. The top bit says that the lot is this device's
+in the proposal that it believes in (coeld.deployment.proposal). Then the value: the microseconds
+per token that owning the lot here saves the swarm against reading it from the slowest disk each
+time it is used, popularity × (disk − compute here − its part of the call), summed over those who
+ask. At the bottom 16 bits of a rendezvous hash of device and *layer*: equal devices get whole
+layers, and the choice stays the same when others join or leave.
 """
 
-import hashlib
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
 
-from coeld.ids import NodeId
+from coeld.deployment.cost import PPM, CostModel, Tier
+from coeld.deployment.proposal import tie
+from coeld.ids import Lot, NodeId
 from coeld.messages import BID_MAX, LOTS_PER_RECORD_MAX
 from coeld.view import ModelDemand
 
-DISK_MB_PER_S = 10
-"""A tired SD card: what a device without the lot in memory would read it with."""
-HELD_COST = (4, 5)
-TIE_BITS = 16
-VALUE_MAX = (BID_MAX >> TIE_BITS) - 1
+DISK: Final = Tier("disk", 0, 10)
+"""A tired SD card: what a device without the lot in memory would read it from."""
+HELD_WORTH: Final = (5, 4)
+TIE_BITS: Final = 16
+VALUE_MAX: Final = (1 << 28) - 1
+"""Four minutes; no lot is worth more."""
+PROPOSED: Final = 1 << 44
+assert PROPOSED + (VALUE_MAX << TIE_BITS) < BID_MAX
 
 
 def capacity(memory_budget_bytes: int, demand: ModelDemand) -> int:
@@ -44,21 +47,36 @@ def claimable(mine: int, everybody: Iterable[int], demand: ModelDemand) -> int:
     return whole(mine) if enough else mine
 
 
-def value_ns(lot_bytes: int, kernel_mb_per_s: int, held: bool) -> int:
-    """Nanoseconds per token that one lot in memory here saves; at least 1."""
-    cost_ns = lot_bytes * 1000 // max(1, kernel_mb_per_s)
-    if held:
-        cost_ns = cost_ns * HELD_COST[0] // HELD_COST[1]
-    return max(1, min(VALUE_MAX, lot_bytes * 1000 // DISK_MB_PER_S - cost_ns))
+def value_us(model: CostModel, device: int, uses_ppm: int) -> int:
+    """Microseconds per token, summed over askers, that a lot in `device`'s memory saves; ≥ 4."""
+    demand, site = model.demand, model.sites.index((device, 0))
+    here = DISK.lot_ns(demand.lot_bytes) - model.tiers[site].lot_ns(demand.lot_bytes)
+    saved = sum(
+        model.devices[asker].weight * (here - model.reach_ns(asker, site) // demand.used)
+        for asker in model.askers
+    )
+    return max(4, min(VALUE_MAX, saved * uses_ppm // PPM // 1000))
 
 
-@lru_cache(maxsize=65536)
-def tie(node: NodeId, layer: int) -> int:
-    """Highest random weight (Thaler, Ravishankar, 1998) of a device for a layer."""
-    digest = hashlib.sha256(f"{node}/{layer}".encode()).digest()
-    return int.from_bytes(digest[: TIE_BITS // 8], "big")
+def bids(
+    model: CostModel, me: NodeId, owners: Mapping[Lot, NodeId], held: Collection[Lot]
+) -> dict[Lot, int]:
+    """This device's bid for every lot. `owners` is the proposal, empty if there is none.
 
-
-def bid(node: NodeId, layer: int, value: int) -> int:
-    """One integer that decides: first the value, then the tie-break."""
-    return (value << TIE_BITS) | tie(node, layer)
+    A layer's lots are all worth what its most used one is, so that they stay together and are told
+    in few words; those `held` already are worth a quarter more, so that replicas stay where they
+    are. A device that the model does not know (there are too many) values all the least.
+    """
+    index = {device.node: i for i, device in enumerate(model.devices)}.get(me)
+    values: dict[int, int] = {}
+    found: dict[Lot, int] = {}
+    for layer in range(model.demand.layers):
+        lots = model.demand.lots_of(layer)
+        most = max(map(model.uses, lots))
+        if most not in values:
+            values[most] = 4 if index is None else value_us(model, index, most)
+        for lot in lots:
+            mine = PROPOSED if owners.get(lot) == me else 0
+            value = values[most] * HELD_WORTH[0] // HELD_WORTH[1] if lot in held else values[most]
+            found[lot] = mine | min(VALUE_MAX, value) << TIE_BITS | tie(me, layer)
+    return found

@@ -212,11 +212,15 @@ class Manifest:
         refs = (self.embedding, self.head, *self.trunk)
         return list({ref.sha256: ref for ref in refs}.values())
 
+    def text_blobs(self) -> list[BlobRef]:
+        """Tokenizer and chat template, where there are any."""
+        return [ref for ref in (self.tokenizer, self.chat_template) if ref is not None]
+
     def blobs(self) -> list[BlobRef]:
         """Every blob once."""
         refs = self.trunk_blobs()
         refs += [ref for layer in self.experts for ref in layer]
-        refs += [ref for ref in (self.tokenizer, self.chat_template) if ref is not None]
+        refs += self.text_blobs()
         return list({ref.sha256: ref for ref in refs}.values())
 
     @property
@@ -236,6 +240,11 @@ class Manifest:
             experts=self.shape.experts,
             lot_bytes=max(tensor_bytes(ref) for layer in self.experts for ref in layer),
             trunk_bytes=self.trunk_bytes,
+            top_k=self.shape.top_k,
+            hidden=self.shape.hidden,
+            embedding_bytes=0 if self.tied else tensor_bytes(self.embedding),
+            head_bytes=tensor_bytes(self.head),
+            kv_bytes_per_token=8 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim,
         )
 
 

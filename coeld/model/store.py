@@ -228,9 +228,12 @@ class Store:
             self._write(path, pieces, 0o444)
         return path.name
 
-    def save(self, manifest: Manifest) -> None:
-        """Make the model exist. All of its blobs must be here. Raises DiskFull."""
-        missing = [ref.sha256 for ref in manifest.blobs() if not self.has(ref)]
+    def save(self, manifest: Manifest, needed: Iterable[BlobRef] | None = None) -> None:
+        """Make the model exist. Its blobs must be here, or at least those `needed` (the others are
+        then fetched from other devices when they are wanted). Raises DiskFull.
+        """
+        refs = manifest.blobs() if needed is None else needed
+        missing = [ref.sha256 for ref in refs if not self.has(ref)]
         assert not missing, f"blobs {missing} were not stored"
         path = self._models / f"{check_name(manifest.name)}.json"
         _flush_directory(self._blobs)

@@ -18,6 +18,7 @@ import fcntl
 import logging
 import os
 import re
+import socket
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,13 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from coeld.errors import BadModelFile, DiskFull, FetchFailed, UnknownModel
+from coeld.errors import BadModelFile, DiskFull, FetchFailed, StartError, UnknownModel
 from coeld.model.manifest import BlobRef, Manifest, parse_manifest
 from coeld.model.store import MANIFEST_BYTES_MAX, Store, disk_errors, file_sha256
 
 PIECE_BYTES: Final = 64 << 10
 """Sent at once: 0.5 ms of a gigabit, 2 ms of fast Wi-Fi."""
+BACKLOG: Final = 64
 CONNECT_S: Final = 3.0
 IDLE_S: Final = 10.0
 """Without a byte; then the next holder continues."""
@@ -62,6 +64,18 @@ class Rate:
             self._free_s = start_s + count / self.bytes_per_s
             if start_s > now_s:
                 await asyncio.sleep(start_s - now_s)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket for a BlobServer. Raises StartError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as exc:
+        raise StartError(
+            f"blobs cannot be served on {host}:{port}: {exc.strerror or exc}. Check network.host, "
+            "and choose another network.blob_port, or 0 for any."
+        ) from exc
 
 
 class BlobServer:

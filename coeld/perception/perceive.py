@@ -51,7 +51,16 @@ class Perception:
     def __init__(
         self, node: NodeId, incarnation: int, config: NodeConfig, rng: Random, now: float = 0.0
     ) -> None:
-        self.me = Record(node, incarnation, 1, config.name, config.mqtt_host, config.mqtt_port or 0)
+        self.me = Record(
+            node,
+            incarnation,
+            1,
+            config.name,
+            config.mqtt_host,
+            config.mqtt_port or 0,
+            blob_host=config.blob_host,
+            blob_port=config.blob_port,
+        )
         self._told = self.me
         """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}

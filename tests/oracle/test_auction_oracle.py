@@ -5,11 +5,14 @@ from random import Random
 import pytest
 
 from coeld.deployment.auction import bundle, leaders
-from coeld.deployment.pricing import bid, value_ns
+from coeld.deployment.pricing import PROPOSED, TIE_BITS
+from coeld.deployment.proposal import tie
 from coeld.ids import Lot, NodeId
 from coeld.messages import Claim, Record
 
-LOT_BYTES = 350_000
+
+def priced(node: NodeId, layer: int, value: int, mine: bool) -> int:
+    return (PROPOSED if mine else 0) | value << TIE_BITS | tie(node, layer)
 
 
 class Bidder:
@@ -18,11 +21,9 @@ class Bidder:
     def __init__(self, rng: Random, index: int, lots: list[Lot], copies: int) -> None:
         self.id = NodeId(f"{index:016x}")
         self.capacity = rng.randrange(0, len(lots))
-        speed = rng.choice([500, 2000, 2000, 2000])
-        held = {lot for lot in lots if rng.random() < 0.2}
-        self.bids = {
-            lot: bid(self.id, lot.layer, value_ns(LOT_BYTES, speed, lot in held)) for lot in lots
-        }
+        value = rng.choice([50, 200, 200, 200])
+        mine = {lot for lot in lots if rng.random() < 0.2}  # proposals that contradict each other
+        self.bids = {lot: priced(self.id, lot.layer, value, lot in mine) for lot in lots}
         self.barred = {lot for lot in lots if rng.random() < 0.05}
         self.lots, self.copies = lots, copies
         self.heard: dict[NodeId, Record] = {}
@@ -126,7 +127,7 @@ def test_equal_devices_win_whole_layers_so_that_the_model_is_cut_in_few_places()
     bidders = [Bidder(rng, index, lots, 1) for index in range(3)]
     for bidder in bidders:
         bidder.capacity, bidder.barred = 240, set()
-        bidder.bids = {lot: bid(bidder.id, lot.layer, 1000) for lot in lots}
+        bidder.bids = {lot: priced(bidder.id, lot.layer, 1000, False) for lot in lots}
     settle(bidders, rng)
     owners = {c.lot: b.id for b in bidders for c in b.record.claims}
     assert all(len({owners[Lot(layer, e)] for e in range(8)}) == 1 for layer in range(30))

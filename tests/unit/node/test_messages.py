@@ -42,6 +42,8 @@ RECORD = Record(
     serving=(Lot(0, 1), Lot(0, 2), Lot(4, 0)),
     epoch=12,
     fingerprint="0123456789abcdef",
+    blob_host="192.168.1.7",
+    blob_port=9001,
 )
 DELTA = Delta("home", A, 3, (RECORD, Record(B, 1, 1)))
 ENTRIES = (Entry(A, 3, 7, 99, Status.SUSPECT, B), Entry(B, 1, 0, 0, Status.LEFT))

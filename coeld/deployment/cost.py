@@ -1,0 +1,322 @@
+"""What a token costs, given who owns what: the one cost model of bids, plans and predictions. Pure.
+
+Everything is an integer; times are nanoseconds inside, because thousands of small parts add up,
+and microseconds at the edge. A megabyte per second is a byte per microsecond.
+
+**A lot.** Decoding reads each weight once per token, so a lot of `bytes` costs bytes / speed; with
+several rows the arithmetic may take longer (the roofline model: Williams, Waterman, Patterson,
+CACM 2009): max(bytes / speed, rows × bytes / row speed).
+
+**A branch.** The lots of a layer that one device holds. Reaching it costs nothing at home (one
+more graph call if the layer is cut) and round trip + queue + graph calls + payload / bandwidth
+elsewhere; each row travels once and one sum comes back, whatever the number of lots.
+
+**A layer** costs the maximum over its branches. A router calls a random k of E lots, and the
+expected maximum is more than the maximum of expectations: eight lots over four devices are two
+each, yet the busiest has three or four. With s a branch's share of what the layer is used for, a
+set of branches with share s is not called with probability void(s) = Π_{i<k} (1 − sE/(E−i)), exact
+for equally popular lots (hypergeometric); a branch that is called has, on average, k·s / (1 −
+void(s)) lots to run, and counts for SPREAD standard deviations more. Sorted by what they cost
+when called, the layer is Σ cost_i × P(i is called and none before it is). Against 800 layers
+simulated draw by draw the error is 2.3 % on average and under 9 % in 95 of 100; docs/log.md.
+
+**A cut** is paid where some of the layer is elsewhere, so a layer that is wholly here saves it. If
+devices may run consecutive layers of a request on their own (spans), the row hops from device to
+device: half a round trip each, and the chain that is cheapest is found layer by layer.
+
+**A token** is the sum over layers, plus attention (trunk and KV cache at kernel speed) and head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import isqrt
+from typing import Final, NamedTuple
+
+from coeld.ids import Lot, NodeId
+from coeld.view import ModelDemand
+
+PPM: Final = 1_000_000
+SHARES: Final = 1024
+"""Steps in which a branch's share of a layer is looked up."""
+SPREAD_PERCENT: Final = 35
+"""Standard deviations that a called branch counts above its mean; fitted, see docs/log.md."""
+CALL_US: Final = 70
+"""One more graph call in the engine (ONNX Runtime from Python, measured on x86-64)."""
+CUT_US: Final = 150
+"""Packing rows, waking a peer and adding sums, beyond the link's round trip."""
+ROW_VALUE_BYTES: Final = 4
+"""Rows travel as float32."""
+ROW_SPEED: Final = 8
+"""Rows that one reading of a weight has time to compute, where nobody has measured it."""
+CHUNK_ROWS: Final = 256
+"""Rows of a prompt that go through a layer together (scheduler.PREFILL_CHUNK_TOKENS)."""
+
+
+class Tier(NamedTuple):
+    """A memory of a device with what computes on it: GPU, RAM, a disk that is read each time."""
+
+    name: str
+    memory_bytes: int
+    """For lots; trunk and KV cache are taken off by whoever builds it."""
+    mb_per_s: int
+    """Weight bytes read per microsecond in decode, by the real kernels."""
+    row_mb_per_s: int = 0
+    """Weight bytes × rows per microsecond when arithmetic is the limit; 0: ROW_SPEED × mb_per_s."""
+
+    def lot_ns(self, lot_bytes: int, rows: int = 1) -> int:
+        """Nanoseconds for `rows` rows on weights of `lot_bytes`."""
+        reading = lot_bytes * 1000 // max(1, self.mb_per_s)
+        return max(reading, rows * lot_bytes * 1000 // max(1, self.row_speed))
+
+    @property
+    def row_speed(self) -> int:
+        return self.row_mb_per_s or ROW_SPEED * self.mb_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the market knows of one device: measured by itself, told in its record."""
+
+    node: NodeId
+    tiers: tuple[Tier, ...]
+    """Fastest first; the first one holds the trunk."""
+    queue_us: int = 0
+    """What a call waits behind others, on average."""
+    weight: int = 1
+    """How many of the swarm's tokens it is asked for, relative to others; 0: none."""
+    call_us: int = CALL_US
+
+
+class Link(NamedTuple):
+    """Between two devices, as measured by the one that asks."""
+
+    rtt_us: int
+    mb_per_s: int
+
+
+LAN: Final = Link(300, 110)
+"""Gigabit Ethernet: what is assumed of a link that nobody has measured."""
+Links = Callable[[NodeId, NodeId], Link]
+
+
+class Share(NamedTuple):
+    """The part of a layer that one site holds."""
+
+    uses: int
+    """Lots it is expected to run per token, in millionths."""
+    bytes_used: int
+    """Weight bytes it is expected to read per token, × 10^6."""
+
+
+NOTHING: Final = Share(0, 0)
+Site = tuple[int, int]
+"""Device and tier, as indices."""
+
+
+class CostModel:
+    """Prices of one model on one set of devices. Tables are made once; methods are pure."""
+
+    def __init__(self, demand: ModelDemand, devices: Sequence[Device], links: Links) -> None:
+        self.demand = demand
+        self.devices = tuple(devices)
+        self.sites: tuple[Site, ...] = tuple(
+            (d, t) for d, device in enumerate(devices) for t in range(len(device.tiers))
+        )
+        self.tiers = tuple(devices[d].tiers[t] for d, t in self.sites)
+        self.askers = tuple(d for d, device in enumerate(devices) if device.weight > 0)
+        self.links = links
+        self._void, self._count = _tables(demand.experts, demand.used)
+        self._scale = max(1, demand.used * PPM // SHARES)
+        self._reach = [
+            [self.reach_ns(d, i) for i in range(len(self.sites))] for d in range(len(devices))
+        ]
+
+    def evened(self) -> "CostModel":
+        """The same devices and a model whose lots are all equally popular."""
+        return CostModel(replace(self.demand, popularity=()), self.devices, self.links)
+
+    # ---- parts -----------------------------------------------------------------------------
+
+    def uses(self, lot: Lot) -> int:
+        """The probability that a token uses this lot, in millionths."""
+        if self.demand.popularity:
+            return self.demand.popularity[lot.layer][lot.expert]
+        return self.demand.used * PPM // self.demand.experts
+
+    def share(self, lot: Lot) -> Share:
+        uses = self.uses(lot)
+        return Share(uses, uses * self.demand.lot_bytes)
+
+    def reach_ns(self, asker: int, site: int) -> int:
+        """What it costs `asker` to have one row computed at `site`, without the computing."""
+        home = self.sites[site][0]
+        device = self.devices[home]
+        if home == asker:
+            return device.call_us * 1000
+        link = self.links(self.devices[asker].node, device.node)
+        payload = 2 * self.demand.hidden * ROW_VALUE_BYTES
+        wire = link.rtt_us * 1000 + payload * 1000 // max(1, link.mb_per_s)
+        return wire + (device.queue_us + device.call_us + CUT_US) * 1000
+
+    # ---- one layer -------------------------------------------------------------------------
+
+    def layer_ns(self, asker: int, shares: Mapping[int, Share]) -> int:
+        """Expected time of one layer's lots for one row: `shares` by site, empty ones left out.
+
+        Wholly at home, it is part of a span and costs no call.
+        """
+        return self._expected_ns(asker, self._branches(shares))
+
+    def swarm_layer_ns(self, shares: Mapping[int, Share]) -> int:
+        """The same, summed over all devices that are asked, by weight."""
+        branches = self._branches(shares)
+        return sum(self.devices[d].weight * self._expected_ns(d, branches) for d in self.askers)
+
+    def _branches(self, shares: Mapping[int, Share]) -> list[tuple[int, int, int]]:
+        """(site, time of the lots there if it is called, uses) of every branch."""
+        whole = self.demand.used * PPM
+        branches = []
+        for site, (uses, bytes_used) in shares.items():
+            step = min(SHARES, (uses * SHARES + whole // 2) // whole)
+            lot_ns = bytes_used * 1000 // max(1, uses * self.tiers[site].mb_per_s)
+            branches.append((site, lot_ns * self._count[step] // PPM, uses))
+        return branches
+
+    def _expected_ns(self, asker: int, branches: Sequence[tuple[int, int, int]]) -> int:
+        """Σ cost of a branch × P(it is called and no dearer one is)."""
+        reach, void, scale = self._reach[asker], self._void, self._scale
+        if len(branches) == 1:
+            site, busy, _ = branches[0]
+            return busy if self.sites[site][0] == asker else busy + reach[site]
+        called = sorted([(reach[site] + busy, uses) for site, busy, uses in branches])
+        total, before, above = 0, PPM, 0
+        for cost, uses in reversed(called):
+            above += uses
+            after = void[min(SHARES, above // scale)]
+            total += cost * (before - after)
+            before = after
+        return total // PPM
+
+    def swarm_trunk_ns(self) -> int:
+        """Attention and head of a token, weighted over all devices that are asked."""
+        layers = self.demand.layers
+        return sum(
+            self.devices[d].weight * (layers * self.attention_ns(d) + self.head_ns(d))
+            for d in self.askers
+        )
+
+    # ---- one token -------------------------------------------------------------------------
+
+    @property
+    def attention_bytes(self) -> int:
+        """Trunk of one layer: what is neither embedding nor head."""
+        demand = self.demand
+        once = demand.head_bytes + demand.embedding_bytes
+        return max(0, demand.trunk_bytes - once) // max(1, demand.layers)
+
+    def attention_ns(self, device: int, context_tokens: int = 0) -> int:
+        """One layer's attention for one row, which reads the KV cache of `context_tokens`."""
+        cache = self.demand.kv_bytes_per_token * context_tokens // max(1, self.demand.layers)
+        return self.devices[device].tiers[0].lot_ns(self.attention_bytes + cache)
+
+    def head_ns(self, device: int) -> int:
+        return self.devices[device].tiers[0].lot_ns(self.demand.head_bytes)
+
+    def token_us(
+        self,
+        asker: int,
+        layers: Sequence[Mapping[int, Share]],
+        context_tokens: int = 0,
+        spans: bool = False,
+    ) -> int:
+        """Time per decoded token at `asker`; with `spans`, along the cheapest chain of devices."""
+        count = len(self.devices)
+        attention = [self.attention_ns(d, context_tokens) for d in range(count)]
+        head = self.head_ns(asker)
+        if not spans:
+            total = sum(attention[asker] + self.layer_ns(asker, shares) for shares in layers)
+            return (total + head) // 1000
+        best = [0 if d == asker else _NEVER for d in range(count)]
+        for shares in layers:
+            run = [attention[d] + self.layer_ns(d, shares) for d in range(count)]
+            best = [
+                run[d] + min(best[e] + self.hop_ns(e, d) for e in range(count))
+                for d in range(count)
+            ]
+        return (head + min(best[d] + self.hop_ns(d, asker) for d in range(count))) // 1000
+
+    def hop_ns(self, source: int, target: int) -> int:
+        """A row moves on to the device that runs the next span: half a round trip."""
+        if source == target:
+            return 0
+        link = self.links(self.devices[source].node, self.devices[target].node)
+        payload = self.demand.hidden * ROW_VALUE_BYTES * 1000 // max(1, link.mb_per_s)
+        device = self.devices[target]
+        return (link.rtt_us // 2 + device.queue_us + device.call_us + CUT_US) * 1000 + payload
+
+    def prefill_us(self, asker: int, layers: Sequence[Mapping[int, Share]], rows: int) -> int:
+        """Time until a prompt of `rows` tokens has gone through, in chunks of CHUNK_ROWS.
+
+        Many rows spread evenly, so a layer is the maximum of the branches' expectations. A lot is
+        read once per chunk if any row uses it; each row travels once per device that it calls.
+        """
+        full, rest = divmod(rows, CHUNK_ROWS)
+        chunks = [CHUNK_ROWS] * full + ([rest] if rest else [])
+        times = {n: self._chunk_ns(asker, layers, n) for n in set(chunks)}
+        head = self.head_ns(asker)
+        return (sum(times[n] for n in chunks) + head) // 1000
+
+    def _chunk_ns(self, asker: int, layers: Sequence[Mapping[int, Share]], rows: int) -> int:
+        attention = self.devices[asker].tiers[0].lot_ns(self.attention_bytes, rows)
+        total = attention * len(layers)
+        for shares in layers:
+            branches = [self._branch_ns(asker, site, s, rows) for site, s in shares.items()]
+            total += max(branches, default=0)
+        return total
+
+    def _branch_ns(self, asker: int, site: int, share: Share, rows: int) -> int:
+        """`rows` rows at one site: reading or arithmetic of its lots, and the payload."""
+        demand, tier, home = self.demand, self.tiers[site], self.sites[site][0]
+        whole = demand.used * PPM
+        lot_rows = share.bytes_used * rows // PPM
+        held = demand.lot_bytes * (demand.experts * share.uses // whole)
+        read = min(held, lot_rows) * 1000 // max(1, tier.mb_per_s)
+        busy = max(read, lot_rows * 1000 // max(1, tier.row_speed)) + self._reach[asker][site]
+        if home == asker:
+            return busy
+        link = self.links(self.devices[asker].node, self.devices[home].node)
+        called = PPM - self._void[min(SHARES, share.uses * SHARES // whole)]
+        payload = 2 * (rows * called // PPM) * demand.hidden * ROW_VALUE_BYTES
+        return busy + payload * 1000 // max(1, link.mb_per_s)
+
+
+def kv_cache_bytes(demand: ModelDemand, context_tokens: int, requests: int) -> int:
+    """Memory of a decoder beside trunk and lots, for so many requests of so many tokens."""
+    return demand.kv_bytes_per_token * context_tokens * requests
+
+
+_NEVER: Final = 1 << 62
+
+
+@lru_cache(maxsize=64)
+def _tables(lots: int, used: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """For every step of the share s: void(s), and lots that a called branch runs; millionths."""
+    void, count = [], []
+    for step in range(SHARES + 1):
+        absent = PPM
+        for i in range(used):
+            left = (lots - i) * SHARES - step * lots
+            absent = absent * max(0, left) // ((lots - i) * SHARES)
+        mean = used * PPM * step // SHARES
+        variance = used * step * (SHARES - step) * PPM // SHARES**2  # × PPM
+        variance = variance * (lots - used) // max(1, lots - 1)
+        called = PPM - absent
+        void.append(absent)
+        if called <= 0:
+            count.append(PPM)
+            continue
+        given = mean * PPM // called
+        square = (variance * PPM + mean * mean) * PPM // called - given * given  # × PPM²
+        count.append(given + SPREAD_PERCENT * isqrt(max(0, square)) // 100)
+    return tuple(void), tuple(count)

@@ -1,0 +1,40 @@
+"""What the market knows of the devices, from what they say of themselves. Pure.
+
+A proposal must come out alike at all devices, so it depends on gossiped records alone. Measured
+figures in them are steps, not wobbling numbers (coeld.perception.resources). When more devices
+hold the model than are needed for it twice, the fastest are considered and the others only bid.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from coeld.deployment.cost import LAN, Device, Tier
+from coeld.deployment.pricing import capacity
+from coeld.deployment.proposal import Facts, tie
+from coeld.messages import Record
+from coeld.view import ModelDemand
+
+CONSIDERED_MAX: Final = 64
+"""Devices in a proposal."""
+ENOUGH: Final = 2
+"""Times the model's lots: room beyond this is not considered."""
+
+
+def facts_of(demand: ModelDemand, records: Iterable[Record], split: bool = False) -> Facts:
+    """The facts behind a proposal, from the records of the devices that have the model open."""
+    ranked = sorted(records, key=lambda r: (-r.kernel_mb_per_s, -tie(r.origin, 0), r.origin))
+    wanted, rooms = ENOUGH * demand.layers * demand.experts, 0
+    chosen: list[Record] = []
+    for record in ranked[:CONSIDERED_MAX]:
+        if rooms >= wanted and len(chosen) >= ENOUGH:
+            break
+        chosen.append(record)
+        rooms += capacity(record.memory_budget_bytes, demand)
+    devices = [_device(record, demand) for record in sorted(chosen, key=lambda r: r.origin)]
+    links = tuple((LAN,) * len(devices) for _ in devices)
+    return Facts(demand, tuple(devices), links, split)
+
+
+def _device(record: Record, demand: ModelDemand) -> Device:
+    room_bytes = capacity(record.memory_budget_bytes, demand) * demand.lot_bytes
+    return Device(record.origin, (Tier("ram", room_bytes, record.kernel_mb_per_s),))

@@ -1,0 +1,209 @@
+"""Sees to it that the weights this device is to use are on its disk: fetches them from the others.
+
+Three things need that, in this order. A lot that was won may not be here: it is fetched before the
+engine is told to load it, and if nobody has it the load has failed, like any other, and is tried
+again or taken by somebody else. A device without a model takes the one that the swarm has (or the
+one it was told to serve): manifest, trunk and tokenizer; so one device imports a model and the
+others get it. And when nothing else is to do, the rest of the model follows as long as the disk has
+room to spare: who dies then takes no weights along, and a lot that moves is there already. Each
+device begins somewhere else, so that disks too small for all of it hold different parts.
+
+Weights are never deleted here: a device that lost a lot keeps its bytes and serves them.
+"""
+
+import asyncio
+import hashlib
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+from coeld.errors import CoeldError, FetchFailed, ModelError
+from coeld.events import Event, LoadFailed
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.model.manifest import BlobRef, Manifest
+from coeld.model.store import Store, free_bytes
+from coeld.net.blobs import BlobServer, Holder, Rate, fetch, fetch_manifest
+
+LOOK_S: Final = 1.0
+"""Between looks whether the swarm has a model, while this device has none."""
+RESERVE_BYTES: Final = 64 << 20
+"""What a fetch leaves free on the disk."""
+
+log = logging.getLogger(__name__)
+
+Holders = Callable[[], list[tuple[ModelHash, str, int]]]
+
+
+class Weights:
+    """Start with `run`; everything else may be called at any time in the same loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        wanted_name: str,
+        node: NodeId,
+        bytes_per_s: float,
+        spare_bytes: int,
+        holders: Holders,
+        load: Callable[[Sequence[Lot]], None],
+        emit: Callable[[Event], None],
+    ) -> None:
+        self._store, self._wanted, self._holders = store, wanted_name, holders
+        self._load, self._emit = load, emit
+        self._node, self._spare_bytes = node, spare_bytes
+        self._incoming = Rate(bytes_per_s)
+        self.server = BlobServer(store, Rate(bytes_per_s))
+        self._orders: deque[tuple[Lot, ...]] = deque()
+        self._changed = asyncio.Event()
+        self._manifest: Manifest | None = None
+        self._spare: deque[BlobRef] = deque()
+        """What nobody waits for and is not here, in this device's own order."""
+        self._other_names: set[ModelHash] = set()
+        """Models of the swarm that are not the one this device is to serve."""
+        self._complaint = ""
+        self.fetched_bytes = 0
+        self.fetching = ""
+        """What is under way, for people; "" when nothing is."""
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "fetching": self.fetching,
+            "missing_blobs": sum(not self._store.has(ref) for ref in self._spare),
+            "fetched_bytes": self.fetched_bytes,
+            "sent_bytes": self.server.sent_bytes,
+        }
+
+    def load(self, model: str, lots: tuple[Lot, ...]) -> None:
+        """Tell the engine to load these lots of that model as soon as all their blobs are here."""
+        try:
+            here = not self._orders and not self._missing(model, lots)
+        except ModelError as exc:
+            self._emit(LoadFailed(lots, str(exc)))
+            return
+        if here:
+            self._load(lots)
+        else:
+            self._orders.append(lots)
+            self._changed.set()
+
+    def forget(self) -> None:
+        """The engine has gone, and with it everything that it was to load."""
+        self._orders.clear()
+
+    async def run(self, model: Callable[[], str | None]) -> None:
+        """Until cancelled. `model` names what the engine has open, or None."""
+        while True:
+            name = model()
+            if self._orders and name:
+                await self._next_order(name)
+                continue
+            if name is None and self._nothing_installed():
+                await self._find_model()
+            elif name and await self._next_spare(name):
+                continue
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(LOOK_S):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    # Lots
+
+    def _missing(self, model: str, lots: Iterable[Lot]) -> list[BlobRef]:
+        """Raises ModelError when the manifest is gone or damaged."""
+        if self._manifest is None or self._manifest.name != model:
+            self._manifest = self._store.manifest(model)
+            rest = [ref for ref in self._manifest.blobs() if not self._store.has(ref)]
+            self._spare = deque(sorted(rest, key=self._turn))
+        refs = [self._manifest.experts[lot.layer][lot.expert] for lot in lots]
+        return [ref for ref in refs if not self._store.has(ref)]
+
+    def _turn(self, ref: BlobRef) -> bytes:
+        return hashlib.sha256(f"{self._node}{ref.sha256}".encode()).digest()
+
+    async def _next_spare(self, model: str) -> bool:
+        """Fetch one more blob that nobody waits for; False when there is none, or no room."""
+        try:
+            self._missing(model, ())
+            while self._spare and self._store.has(self._spare[0]):
+                self._spare.popleft()
+            if not self._spare or self._manifest is None:
+                return False
+            ref = self._spare[0]
+            if free_bytes(self._store.root) < ref.bytes + self._spare_bytes:
+                return False
+            await self._bring([ref], self._manifest.hash, "the rest of the model", quiet=True)
+        except (CoeldError, OSError) as exc:
+            log.debug("the rest of the model cannot be fetched now: %s", exc)
+            self._spare.rotate(-1)
+            return False
+        return True
+
+    async def _next_order(self, model: str) -> None:
+        lots = self._orders[0]
+        try:
+            missing = self._missing(model, lots)
+            assert self._manifest is not None
+            await self._bring(missing, self._manifest.hash, f"{len(missing)} experts")
+        except (CoeldError, OSError) as exc:
+            self._emit(LoadFailed(lots, str(exc)))
+        else:
+            if self._orders and self._orders[0] is lots:  # nobody has forgotten it meanwhile
+                self._load(lots)
+        if self._orders and self._orders[0] is lots:
+            self._orders.popleft()
+
+    async def _bring(
+        self, refs: Sequence[BlobRef], model: ModelHash, what: str, quiet: bool = False
+    ) -> None:
+        if not refs:
+            return
+        size = sum(ref.bytes for ref in refs)
+        self._store.require_free(size + RESERVE_BYTES)
+        holders = [Holder(host, port) for has, host, port in self._holders() if has == model]
+        self.fetching = f"{what} ({size / 1e6:.0f} MB) from {len(holders)} devices"
+        log.log(logging.DEBUG if quiet else logging.INFO, "fetching %s", self.fetching)
+        try:
+            await fetch(self._store, refs, holders, self._incoming, self._count)
+        finally:
+            self.fetching = ""
+
+    def _count(self, size: int) -> None:
+        self.fetched_bytes += size
+
+    # The model
+
+    def _nothing_installed(self) -> bool:
+        names = self._store.names()
+        return self._wanted not in names if self._wanted else not names
+
+    async def _find_model(self) -> None:
+        """Take the model that most devices have; say once why that does not work."""
+        seen = Counter(model for model, _host, _port in self._holders())
+        for model in sorted(seen, key=lambda each: (-seen[each], each)):
+            if model in self._other_names:
+                continue
+            try:
+                await self._take(model)
+            except (CoeldError, OSError) as exc:
+                if str(exc) != self._complaint:
+                    self._complaint = str(exc)
+                    log.warning("the swarm's model cannot be fetched yet: %s", exc)
+            return
+
+    async def _take(self, model: ModelHash) -> None:
+        holders = [Holder(host, port) for has, host, port in self._holders() if has == model]
+        manifest = await fetch_manifest(model, holders)
+        if self._wanted and manifest.name != self._wanted:
+            self._other_names.add(model)
+            raise FetchFailed(
+                f"the swarm has {manifest.name}, this device is to serve {self._wanted}"
+            )
+        needed = manifest.trunk_blobs() + manifest.text_blobs()
+        missing = [ref for ref in needed if not self._store.has(ref)]
+        await self._bring(missing, model, f"{manifest.name}: what every device needs")
+        with self._store.lock():
+            self._store.save(manifest, needed)
+        log.info("%s was fetched from the swarm", manifest.name)

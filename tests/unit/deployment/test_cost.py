@@ -1,0 +1,151 @@
+"""The cost model against layers that are simulated draw by draw, and its sanity."""
+
+from random import Random
+from statistics import mean, quantiles
+
+import pytest
+
+from coeld.deployment.cost import LAN, PPM, CostModel, Device, Link, Share, Tier
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.view import ModelDemand
+
+MODEL = ModelHash("5e" * 32)
+
+
+def demand(
+    lots: int = 8, used: int = 2, layers: int = 4, lot_bytes: int = 1_000_000
+) -> ModelDemand:
+    return ModelDemand(MODEL, "m", layers, lots, lot_bytes, 40_000_000, top_k=used, hidden=2048)
+
+
+def devices(*speeds: int) -> list[Device]:
+    return [
+        Device(NodeId(f"{i:016x}"), (Tier("ram", 10**10, speed),)) for i, speed in enumerate(speeds)
+    ]
+
+
+def lan(_: NodeId, __: NodeId) -> Link:
+    return LAN
+
+
+def shares(model: CostModel, owners: list[int]) -> dict[int, Share]:
+    found: dict[int, Share] = {}
+    for expert, site in enumerate(owners):
+        one, held = model.share(Lot(0, expert)), found.get(site, Share(0, 0))
+        found[site] = Share(held.uses + one.uses, held.bytes_used + one.bytes_used)
+    return found
+
+
+def drawn_ns(model: CostModel, owners: list[int], rng: Random, draws: int) -> float:
+    """The layer simulated: draw the lots of a token, take the slowest branch, average."""
+    wanted = model.demand
+    total = 0
+    for _ in range(draws):
+        calls = [0] * len(model.sites)
+        for expert in rng.sample(range(wanted.experts), wanted.used):
+            calls[owners[expert]] += 1
+        total += max(
+            model.reach_ns(0, site) + count * model.tiers[site].lot_ns(wanted.lot_bytes)
+            for site, count in enumerate(calls)
+            if count
+        )
+    return total / draws
+
+
+def test_the_expected_layer_is_what_draws_give() -> None:
+    rng = Random(5)
+    errors = []
+    for _ in range(120):
+        lots = rng.choice([8, 16, 32, 64])
+        used = rng.choice([k for k in (1, 2, 4, 8) if k <= lots // 2] + [lots] * (lots == 8))
+        count = rng.randint(2, 8)
+        model = CostModel(
+            demand(lots, used), devices(*rng.choices([2000, 4000, 6000, 10000], k=count)), lan
+        )
+        owners = rng.choices(
+            range(count), weights=[rng.random() + 0.1 for _ in range(count)], k=lots
+        )
+        if len(set(owners)) > 1:
+            told = model.layer_ns(0, shares(model, owners))
+            errors.append(abs(told / drawn_ns(model, owners, rng, 600) - 1))
+    assert mean(errors) < 0.04
+    assert quantiles(errors, n=20)[-1] < 0.13
+
+
+def test_a_layer_at_home_costs_its_weights_and_no_call() -> None:
+    model = CostModel(demand(), devices(4000, 4000), lan)
+    assert model.layer_ns(0, shares(model, [0] * 8)) == 2 * 1_000_000 * 1000 // 4000
+
+
+def test_a_layer_elsewhere_costs_its_weights_and_one_call_however_many_lots_it_has() -> None:
+    model = CostModel(demand(), devices(4000, 4000), lan)
+    assert model.layer_ns(0, shares(model, [1] * 8)) == 500_000 + model.reach_ns(0, 1)
+    assert model.reach_ns(0, 1) >= 300_000
+
+
+def test_of_a_dense_layer_the_slowest_branch_counts_and_nothing_is_random() -> None:
+    model = CostModel(demand(8, 8), devices(4000, 1000), lan)
+    here, there = 6 * 250_000 + model.reach_ns(0, 0), 2 * 1_000_000 + model.reach_ns(0, 1)
+    assert model.layer_ns(0, shares(model, [0] * 6 + [1] * 2)) == max(here, there)
+
+
+def test_splitting_over_equals_pays_when_computing_outweighs_the_call() -> None:
+    slow, fast = (CostModel(demand(8, 8), devices(s, s), lan) for s in (1000, 100_000))
+    for model, pays in ((slow, True), (fast, False)):
+        split = model.layer_ns(0, shares(model, [0, 1] * 4))
+        assert (split < model.layer_ns(0, shares(model, [0] * 8))) == pays
+
+
+def test_whoever_holds_what_is_used_most_saves_the_asker_most() -> None:
+    row = tuple([900_000, 900_000] + [33_333] * 6)
+    model = CostModel(
+        ModelDemand(MODEL, "m", 1, 8, 1_000_000, 0, top_k=2, hidden=64, popularity=(row,)),
+        devices(4000, 4000),
+        lan,
+    )
+    hot_here = model.layer_ns(0, shares(model, [0, 0, 1, 1, 1, 1, 1, 1]))
+    hot_there = model.layer_ns(0, shares(model, [1, 1, 0, 0, 1, 1, 1, 1]))
+    assert hot_here < hot_there
+
+
+def test_a_chain_of_spans_saves_the_cuts_of_consecutive_layers() -> None:
+    model = CostModel(demand(layers=12), devices(4000, 4000), lambda a, b: Link(4000, 30))
+    halves = [shares(model, [layer // 6] * 8) for layer in range(12)]
+    cut, chained = (model.token_us(0, halves, spans=spans) for spans in (False, True))
+    assert cut - chained > 4 * 4000, "six round trips against one"
+    alternating = [shares(model, [layer % 2] * 8) for layer in range(12)]
+    assert model.token_us(0, alternating, spans=True) <= model.token_us(0, alternating)
+
+
+def test_a_long_context_is_read_with_every_token() -> None:
+    model = CostModel(
+        ModelDemand(MODEL, "m", 4, 8, 1000, 0, kv_bytes_per_token=100_000), devices(4000), lan
+    )
+    layers = [shares(model, [0] * 8)] * 4
+    assert model.token_us(0, layers, 1000) - model.token_us(0, layers) == 100_000 * 1000 // 4000
+
+
+def test_prefill_reads_a_lot_once_per_chunk_and_then_computes() -> None:
+    model = CostModel(demand(8, 8, 1, 4_000_000), devices(4000), lan)
+    one, many = (model.prefill_us(0, [shares(model, [0] * 8)], rows) for rows in (1, 256))
+    assert one >= 8 * 1000
+    assert many < 256 * one / 4
+    assert model.prefill_us(0, [shares(model, [0] * 8)], 512) > 1.9 * many
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_faster_device_or_link_never_makes_a_token_slower(seed: int) -> None:
+    rng = Random(seed)
+    speeds = rng.choices([2000, 4000, 8000], k=4)
+    owners = [[rng.randrange(4) for _ in range(8)] for _ in range(4)]
+    rtt = rng.choice([300, 4000])
+    base = CostModel(demand(), devices(*speeds), lambda a, b: Link(rtt, 30))
+    better = CostModel(demand(), devices(*[2 * s for s in speeds]), lambda a, b: Link(rtt // 2, 60))
+    layers = [shares(base, row) for row in owners]
+    for spans in (False, True):
+        assert better.token_us(0, layers, spans=spans) <= base.token_us(0, layers, spans=spans)
+
+
+def test_shares_add_up_to_what_a_token_uses() -> None:
+    model = CostModel(demand(64, 8), devices(4000, 4000), lan)
+    assert sum(share.uses for share in shares(model, [0, 1] * 32).values()) == 8 * PPM

@@ -1,0 +1,213 @@
+"""Where everything should be: against brute force, in any order, and close to what is served."""
+
+from dataclasses import replace
+from itertools import product
+from random import Random
+
+import pytest
+
+from coeld.deployment.cost import Device, Link, Tier
+from coeld.deployment.naming import assign
+from coeld.deployment.proposal import Deliberation, Facts, Proposal, is_whole, shares_of
+from coeld.deployment.supply import CONSIDERED_MAX, facts_of
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.messages import Record
+from coeld.view import ModelDemand
+
+LAN, WIFI = Link(300, 110), Link(4000, 30)
+
+
+def facts(
+    rooms: list[int],
+    speeds: list[int],
+    demand: ModelDemand,
+    split: bool = True,
+    link: Link = LAN,
+    asker: int | None = None,
+) -> Facts:
+    devices = tuple(
+        Device(
+            NodeId(f"{i:016x}"),
+            (Tier("ram", room * demand.lot_bytes, speed),),
+            weight=int(asker in (None, i)),
+        )
+        for i, (room, speed) in enumerate(zip(rooms, speeds, strict=True))
+    )
+    return Facts(demand, devices, ((link,) * len(rooms),) * len(rooms), split)
+
+
+def model_of(layers: int, lots: int, used: int, lot_bytes: int = 1_000_000) -> ModelDemand:
+    return ModelDemand(
+        ModelHash("5e" * 32), "m", layers, lots, lot_bytes, 10**6, top_k=used, hidden=1024
+    )
+
+
+def fresh(known: Facts) -> Proposal | None:
+    thinking = Deliberation(known)
+    while not thinking.advance():
+        pass
+    return thinking.fresh({})
+
+
+def exhaustive_ns(known: Facts) -> int:
+    """The least price of all placements, by trying every one."""
+    model, lots = known.model(), known.demand.lots()
+    rooms = [tier.memory_bytes // known.demand.lot_bytes for tier in model.tiers]
+    least = 1 << 62
+    for sites in product(range(len(rooms)), repeat=len(lots)):
+        if all(sites.count(site) <= room for site, room in enumerate(rooms)):
+            placed = dict(zip(lots, sites, strict=True))
+            least = min(least, sum(map(model.swarm_layer_ns, shares_of(model, placed))))
+    return least + model.swarm_trunk_ns()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_small_swarms_are_placed_as_well_as_by_trying_everything(seed: int) -> None:
+    rng = Random(seed)
+    layers, lots = rng.choice([(1, 8), (2, 4), (3, 3), (2, 5)])
+    count = 2 if layers * lots > 9 else rng.choice([2, 3])
+    used = rng.choice([1, 2, lots])
+    rooms = [rng.randint(layers * lots // count + 1, layers * lots) for _ in range(count)]
+    speeds = rng.choices([1000, 4000, 10000], k=count)
+    known = facts(rooms, speeds, model_of(layers, lots, used), link=rng.choice([LAN, WIFI]))
+    found = fresh(known)
+    assert found is not None
+    assert found.price_ns <= exhaustive_ns(known) * 1.02, f"seed={seed}"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_lot_is_placed_once_within_the_rooms(seed: int) -> None:
+    rng = Random(seed)
+    demand = model_of(rng.randint(1, 12), rng.choice([4, 8, 20]), 2)
+    need = demand.layers * demand.experts
+    rooms = [rng.randint(0, need) for _ in range(rng.randint(1, 6))]
+    known = facts(rooms, rng.choices([1000, 8000], k=len(rooms)), demand, rng.random() < 0.5)
+    found = fresh(known)
+    assert (found is None) == (sum(rooms) < need), f"seed={seed}"
+    if found is not None:
+        assert set(found.owners) == set(demand.lots())
+        for device, room in zip(known.devices, rooms, strict=True):
+            assert sum(node == device.node for node in found.owners.values()) <= room
+
+
+def test_whole_layers_stay_whole_while_they_cover_the_model_unless_speed_is_preferred() -> None:
+    demand = model_of(6, 8, 8, 20_000_000)
+    known = facts([33, 33], [4000, 4000], demand, split=False)
+    whole, parts = fresh(known), fresh(replace(known, split=True))
+    assert whole is not None
+    assert parts is not None
+    assert is_whole(whole.owners)
+    assert not is_whole(parts.owners)
+    assert parts.price_ns < whole.price_ns
+
+
+def test_a_slow_link_gathers_layers_and_a_fast_one_spreads_them() -> None:
+    demand = model_of(8, 16, 4, 3_000_000)
+    rooms = [96, 96]
+    for link, spread in ((Link(100, 110), True), (Link(20_000, 30), False)):
+        found = fresh(facts(rooms, [4000, 4000], demand, link=link, asker=0))
+        assert found is not None
+        torn = sum(len({found.owners[Lot(layer, e)] for e in range(16)}) > 1 for layer in range(8))
+        assert (torn >= 7) == spread
+        assert (torn <= 1) != spread
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_while_a_proposal_is_carried_out_it_stays_the_same(seed: int) -> None:
+    """Any part of it may be loaded first, whatever else is still served from before."""
+    rng = Random(seed)
+    demand = model_of(6, 16, 4)
+    known = facts([40, 40, 40], [4000, 4000, 6000], demand)
+    nodes = [device.node for device in known.devices]
+    served = {lot: rng.choice(nodes) for lot in demand.lots() if rng.random() < 0.8}
+    thinking = Deliberation(known)
+    while not thinking.advance():
+        pass
+    target = thinking.fresh(served)
+    assert target is not None
+    for lot in rng.sample(demand.lots(), len(demand.lots())):
+        if rng.random() < 0.3:
+            served.pop(lot, None)  # dropped before it is loaded
+        else:
+            served[lot] = target.owners[lot]
+        again = thinking.fresh(served)
+        assert again is not None
+        if served.get(lot) is not None:
+            assert again.owners == target.owners, f"seed={seed}"
+        target = again
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_equals_are_matched_as_well_as_by_trying_everything(seed: int) -> None:
+    rng = Random(seed)
+    rooms = [rng.randint(1, 2) for _ in range(3)]
+    count = sum(rooms)
+    weights = [[rng.randint(0, 20) for _ in rooms] for _ in range(count)]
+    found = assign(weights, rooms)
+    assert [found.count(b) for b in range(3)] == rooms
+    best = max(
+        sum(weights[i][b] for i, b in enumerate(bins))
+        for bins in product(range(3), repeat=count)
+        if [bins.count(b) for b in range(3)] == rooms
+    )
+    assert sum(weights[i][b] for i, b in enumerate(found)) == best, f"seed={seed}"
+
+
+def test_what_is_kept_covers_holes_and_prefers_who_serves() -> None:
+    demand = model_of(4, 4, 4)
+    known = facts([16, 16], [4000, 4000], demand, split=False)
+    a = known.devices[0].node
+    thinking = Deliberation(known)
+    best = thinking.fresh({})
+    assert best is not None
+    served = {lot: a for lot in demand.lots() if lot.layer < 3}
+    kept = thinking.kept(served, best)
+    assert kept is not None
+    assert all(kept.owners[lot] == a for lot in served)
+    assert {kept.owners[Lot(3, e)] for e in range(4)} == {best.owners[Lot(3, 0)]}
+
+
+def test_a_torn_layer_is_not_kept_where_whole_ones_fit() -> None:
+    demand = model_of(2, 4, 4)
+    known = facts([8, 8], [4000, 4000], demand, split=False)
+    a, b = (device.node for device in known.devices)
+    thinking = Deliberation(known)
+    best = thinking.fresh({})
+    assert best is not None
+    lots = demand.lots()
+    torn = dict.fromkeys(lots[:2], a) | dict.fromkeys(lots[2:], b)
+    assert thinking.kept(torn, best) is None
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_device_ten_times_slower_that_joins_slows_nobody_down(seed: int) -> None:
+    rng = Random(seed)
+    split = rng.random() < 0.5
+    demand = model_of(rng.randint(4, 12), 8, rng.choice([2, 8]), rng.choice([300_000, 3_000_000]))
+    need = demand.layers * demand.experts
+    rooms, speeds = [need // 2 + 8] * 3, [4000, 4000, 6000]
+    before = fresh(facts(rooms, speeds, demand, split))
+    known = facts([*rooms, need], [*speeds, 400], demand, split)
+    after = fresh(known)
+    assert before is not None
+    assert after is not None
+    index = {device.node: i for i, device in enumerate(known.devices)}
+    model = known.model()
+    old_askers = replace(known, devices=(*known.devices[:3], replace(known.devices[3], weight=0)))
+    layers = shares_of(model, {lot: index[node] for lot, node in after.owners.items()})
+    cost = old_askers.model()
+    now = sum(map(cost.swarm_layer_ns, layers)) + cost.swarm_trunk_ns()
+    assert now <= before.price_ns * 1.001, f"seed={seed}"
+
+
+def test_facts_come_from_records_and_are_the_same_in_any_order() -> None:
+    demand = model_of(4, 4, 4)
+    records = [
+        Record(NodeId(f"{i:016x}"), 1, 1, memory_budget_bytes=10**7, kernel_mb_per_s=4000 + i % 3)
+        for i in range(200)
+    ]
+    known = facts_of(demand, records)
+    assert known == facts_of(demand, reversed(records))
+    assert 2 <= len(known.devices) <= CONSIDERED_MAX
+    assert sum(device.tiers[0].memory_bytes for device in known.devices) >= 2 * 16 * 10**6
+    assert min(device.tiers[0].mb_per_s for device in known.devices) == 4002

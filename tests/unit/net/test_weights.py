@@ -1,0 +1,153 @@
+"""What an agent fetches and when: orders of the node first, a model for who has none, the rest."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coeld.events import Event, LoadFailed
+from coeld.ids import Lot, ModelHash, NodeId
+from coeld.model.store import Store
+from coeld.net import blobs, weights
+from coeld.net.weights import Weights
+from tests.unit.net.test_blobs import complete, holding
+
+ME = NodeId("a" * 16)
+LOTS = (Lot(0, 0), Lot(2, 1))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(blobs, "PAUSE_S", 0.001)
+    monkeypatch.setattr(weights, "LOOK_S", 0.02)
+
+
+class Device:
+    """A Weights over a store of its own, with what it tells engine and node."""
+
+    def __init__(self, root: Path, wanted: str = "", spare_bytes: int = 1 << 60) -> None:
+        self.store = Store(root)
+        self.holders: list[tuple[ModelHash, str, int]] = []
+        self.loaded: list[tuple[Lot, ...]] = []
+        self.events: list[Event] = []
+        self.open: str | None = None
+        self.weights = Weights(
+            self.store,
+            wanted,
+            ME,
+            0,
+            spare_bytes,
+            lambda: self.holders,
+            lambda lots: self.loaded.append(tuple(lots)),
+            self.events.append,
+        )
+
+    async def until(self, check: Callable[[], object]) -> None:
+        """Run it until something is so."""
+        task = asyncio.create_task(self.weights.run(lambda: self.open), name="weights")
+        async with asyncio.timeout(20):
+            while not check():  # noqa: ASYNC110  # the things that change are not ours to signal
+                await asyncio.sleep(0.005)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def test_a_device_without_a_model_takes_the_swarms(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path)
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: device.store.names() == ["tiny"])
+
+    asyncio.run(main())
+    assert device.store.manifest("tiny").hash == tiny.hash
+    assert all(device.store.has(ref) for ref in tiny.trunk_blobs() + tiny.text_blobs())
+    assert not device.store.has(tiny.experts[0][0])
+
+
+def test_a_device_that_is_to_serve_another_model_takes_none(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path, wanted="another")
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: device.weights._other_names)
+            assert server.sent_bytes == 0
+
+    asyncio.run(main())
+    assert device.store.names() == []
+
+
+def with_trunk(device: Device, store: Store, model) -> None:
+    """As after the model was found."""
+    with device.store.lock():
+        for ref in model.trunk_blobs() + model.text_blobs():
+            device.store.put(store.blob_path(ref).read_bytes())
+        device.store.save(model, model.trunk_blobs())
+    device.open = model.name
+
+
+def test_lots_that_were_won_are_fetched_before_they_are_loaded(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path)
+    with_trunk(device, tiny_store, tiny)
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            device.weights.load("tiny", LOTS)
+            assert device.loaded == []
+            await device.until(lambda: device.loaded)
+            device.weights.load("tiny", LOTS[:1])  # it is here now: at once
+
+    asyncio.run(main())
+    assert device.loaded == [LOTS, LOTS[:1]]
+    assert all(device.store.has(tiny.experts[lot.layer][lot.expert]) for lot in LOTS)
+    assert not device.store.has(tiny.experts[1][0])  # no room was to spare
+
+
+def test_lots_that_nobody_has_have_failed(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path)
+    with_trunk(device, tiny_store, tiny)
+    device.weights.load("tiny", LOTS)
+    asyncio.run(device.until(lambda: device.events))
+    (event,) = device.events
+    assert isinstance(event, LoadFailed)
+    assert event.lots == LOTS
+    assert "no device is known" in event.why
+    assert device.loaded == []
+    device.weights.load("gone", LOTS)
+    assert isinstance(device.events[-1], LoadFailed)
+
+
+def test_orders_of_an_engine_that_has_gone_are_forgotten(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path)
+    with_trunk(device, tiny_store, tiny)
+    device.weights.load("tiny", LOTS)
+    device.weights.forget()
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            device.weights.load("tiny", LOTS[1:])
+            await device.until(lambda: device.loaded)
+
+    asyncio.run(main())
+    assert device.loaded == [LOTS[1:]]
+    assert device.events == []
+
+
+def test_with_room_to_spare_everything_follows(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path, spare_bytes=0)
+    with_trunk(device, tiny_store, tiny)
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: all(device.store.has(ref) for ref in tiny.blobs()))
+            assert device.weights.fetched_bytes == server.sent_bytes
+
+    asyncio.run(main())
+    assert complete(device.store, tiny)
+    assert device.weights.status()["missing_blobs"] == 0
