@@ -61,7 +61,7 @@ class Perception:
             blob_host=config.blob_host,
             blob_port=config.blob_port,
         )
-        self._told = self.me
+        self.told = self.me
         """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}
         self.membership = Membership(node, config, self._changed)
@@ -199,7 +199,7 @@ class Perception:
             self._view.note(self.me.origin, *gossip.version(self.me), Status.ALIVE)
             self._urgent = self._lazy = False
             self._published_at = now
-            self._told = self.me
+            self.told = self.me
             self._outbox.append(Publish(self._delta((self.me,))))
         for device, nodes in self._asks.items():
             for at in range(0, len(nodes), WANTED_MAX):
@@ -386,7 +386,7 @@ class Perception:
         if origin == self.me.origin:
             version = gossip.version(record)
             self._hear_about_me(Entry(origin, *version, 0, Status.ALIVE), now)
-            if version == gossip.version(self._told) and record != self._told:
+            if version == gossip.version(self.told) and record != self.told:
                 self.oneself.twin(now)
             return
         self.membership.apply(Entry(origin, record.incarnation, record.seq, 0, Status.ALIVE), now)
@@ -443,7 +443,7 @@ class Perception:
 
     def _own_or_held(self, node: NodeId) -> Record | None:
         if node == self.me.origin:
-            return self._told
+            return self.told
         member = self.membership.members.get(node)
         return self.record(member) if member else None
 

@@ -8,6 +8,7 @@ the wait: a lone accuser is slow to be believed, several independent ones are fa
 """
 
 import math
+from functools import lru_cache
 
 SCORE_MAX = 7  # timeouts grow at most 8-fold, as in the paper
 LATE_SHARE = 0.25  # of a heartbeat: later than this is late
@@ -42,6 +43,7 @@ class LocalHealth:
         self._score = min(SCORE_MAX, self._score + 1)
 
 
+@lru_cache(maxsize=8192)
 def suspicion_s(least_s: float, confirmations: int, devices: int) -> float:
     """How long a suspect may object, with `confirmations` accusers besides the first.
 

@@ -1,8 +1,10 @@
 """What must hold in every simulated swarm, stated without looking into the nodes' reasoning.
 
 `watch` checks safety at every effect: budgets, and that routes name only devices which really
-loaded the lot. `at_rest` checks liveness after faults have ended: all views equal, everything
-covered if it fits, and the right number of missing bytes if it does not.
+loaded the lot. `at_rest` checks liveness after faults have ended: all route tables equal,
+everything covered if it fits, and the right number of missing bytes if it does not.
+`same_knowledge` compares what everybody knows with the truth, `no_storm` what is said at rest with
+what has to be said.
 """
 
 from coeld.effects import Effect, LoadLots, SwapRoutes
@@ -39,6 +41,26 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
                     assert lot in device.serving, "own route to a lot that is not in memory"
 
 
+def same_knowledge(world: World) -> None:
+    """Everybody knows everybody who is there, nobody else, and the newest record of each."""
+    nodes = [device.node for device in world.up() if device.node is not None]
+    truth = {
+        (node.node_id, node.perception.me.incarnation, node.perception.me.seq) for node in nodes
+    }
+    for node in nodes:
+        known = {(r.origin, r.incarnation, r.seq) for r in node.perception.present()}
+        assert known == truth, f"{node.node_id} differs from the truth in {len(known ^ truth)}"
+        assert not node.perception.suspects(), f"{node.node_id} suspects somebody at rest"
+
+
+def no_storm(world: World, messages_per_device_s: float) -> None:
+    """At rest a device sends its beats to its neighbours, and little else."""
+    config = world.config
+    neighbours = min(len(world.devices) - 1, config.neighbours_max)
+    beats = neighbours * 1000 / config.heartbeat_ms
+    assert messages_per_device_s <= 1.5 * beats, f"{messages_per_device_s:.1f} messages at rest"
+
+
 def capacity_lots(world: World) -> int:
     """Lots that all devices with a running engine can hold together."""
     demand = world.demand
@@ -53,6 +75,8 @@ def covered(world: World) -> bool:
     """Does every device that is up have a route to a living owner for every lot?"""
     lots = world.demand.lots()
     for device in world.up():
+        if not device.spec.engine:
+            continue
         table = device.table
         if table is None:
             return False
@@ -65,7 +89,7 @@ def covered(world: World) -> bool:
 
 def at_rest(world: World) -> None:
     """The swarm has had time without faults: it must agree, and be as good as it can be."""
-    devices = world.up()
+    devices = [device for device in world.up() if device.spec.engine]
     tables = [device.table for device in devices]
     assert all(table is not None for table in tables)
     views = {

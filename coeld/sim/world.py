@@ -39,7 +39,7 @@ from coeld.events import (
     Tick,
 )
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.messages import Message, decode, encode
+from coeld.messages import Delta, Message, decode, encode
 from coeld.node import Node, NodeConfig
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand, Resources
@@ -188,6 +188,16 @@ class World:
         for device in self.devices.values():
             self._later(self.rng.uniform(0, within_s), self.start, device)
 
+    def acquaint(self) -> None:
+        """Tell everybody who is up of everybody: the short way to a swarm that has formed."""
+        devices = self.up()
+        records = [d.node.perception.told for d in devices if d.node is not None]
+        for index, device in enumerate(devices):
+            teller = devices[index - 1].id
+            self.feed(
+                device, MessageReceived(teller, Delta(self.config.swarm, teller, 1, (*records,)))
+            )
+
     def start_engine(self, device: Device, life: int) -> None:
         if device.node is not None and device.life == life and not device.engine:
             device.engines += 1
@@ -233,6 +243,10 @@ class World:
         device.ahead_s += seconds
         device.tick_at = -1.0
         self._wake(device)
+
+    def after(self, delay_s: float, action: Callable[..., None], *arguments: Any) -> None:
+        """Have something happen later."""
+        self._later(delay_s, action, *arguments)
 
     def run(self, for_s: float) -> None:
         end = self.now + for_s

@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "model": "coeld.ui.model_command",
     "bench": "coeld.ui.bench_command",
     "eval": "coeld.ui.eval_command",
+    "sim": "coeld.ui.sim_command",
 }
 HELP: Final = {
     "up": "run a device in the foreground",
@@ -35,6 +36,7 @@ HELP: Final = {
     "model": "add, list and remove models",
     "bench": "measure one device",
     "eval": "measure a model's quality on a text",
+    "sim": "simulate a swarm with faults",
 }
 
 
