@@ -71,7 +71,7 @@ class Node:
         self._bid_at = 0.0
         self._joined_at = float("-inf")
         self._barred: set[Lot] = set()
-        self._seen_market = self._seen_supply = self._seen_marks = -1
+        self._seen_market = self._seen_supply = self._seen_marks = self._bid_supply = -1
         self._planned_at = float("-inf")
         self._left = False
         self._due = float("-inf")
@@ -176,7 +176,7 @@ class Node:
         """Deployment: claim the best lots that nobody else bids more for."""
         if (barred := self.migration.barred(now)) != self._barred:
             self._barred, self._bid_wanted = barred, True
-        if self._market_moved(now) or self.perception.supply != self._seen_supply:
+        if self._market_moved(now) or self.perception.supply != self._bid_supply:
             self._bid_wanted = True
         if not self._bid_wanted or now < self._bid_at:
             return
@@ -189,6 +189,7 @@ class Node:
             self.perception.tell(claims=self._bundle(self.demand, rivals))
             self._market_moved(now)
         self._bid_wanted = False
+        self._bid_supply = self.perception.supply
         self._bid_at = now + self.config.round_ms / 1000
 
     def _deliberate(self, demand: ModelDemand) -> bool:
@@ -274,6 +275,7 @@ class Node:
         if plan.load:
             self._out.append(LoadLots(plan.load))
         self._seen_supply = perception.supply
+        self._bid_wanted |= self._bid_supply != perception.supply
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
         missing = len(unclaimed(self._lots, self._leaders())) * demand.lot_bytes

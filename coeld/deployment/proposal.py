@@ -94,13 +94,13 @@ class Deliberation:
         return self._proposal(self._placed) if self._placed is not None else None
 
     def kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> Proposal | None:
-        """What is `served`, with the owners of `fresh` for lots that nobody serves.
+        """What is `served`, with the owners of `fresh`, or whoever has room, where nobody does.
 
-        None where that does not fit, or would keep a layer apart that could be whole.
+        While layers are whole, one that is not served whole counts as not served. None where it
+        does not fit.
         """
         placed = self._kept(served, fresh)
-        found = self._proposal(placed) if placed is not None else None
-        return None if found and self.whole and not is_whole(found.owners) else found
+        return self._proposal(placed) if placed is not None else None
 
     # ---- whole layers ----------------------------------------------------------------------
 
@@ -148,20 +148,31 @@ class Deliberation:
 
     def _kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> dict[Lot, int] | None:
         """The site of every lot, or None: it does not fit."""
-        sites: dict[NodeId, list[int]] = {}
-        for site in range(len(self._rooms)):
-            sites.setdefault(self._node(site), []).append(site)
-        left, placed = list(self._rooms), {}
+        demand = self.facts.demand
+        layers = [demand.lots_of(layer) for layer in range(demand.layers)]
+        parts = layers if self.whole else [[lot] for lots in layers for lot in lots]
+        size = demand.experts if self.whole else 1
+        left, placed = [room // size for room in self._rooms], {}
+        sites = self._sites_of(served)
+        holes = []
+        for part in parts:
+            found = {sites.get(lot) for lot in part}
+            site = found.pop()
+            if found or site is None:
+                holes.append(part)
+                continue
+            left[site] -= 1
+            placed.update(dict.fromkeys(part, site))
+        if min(left) < 0:
+            return None
+        wanted = self._sites_of(fresh.owners)
         cheapest = sorted(range(len(left)), key=lambda site: (self._whole_price(site), site))
-        for lot in sorted(fresh.owners, key=lambda lot: (lot not in served, lot)):
-            node = served.get(lot, fresh.owners[lot])
-            free = [site for site in sites.get(node, ()) if left[site] > 0]
-            if not free and lot not in served:
-                free = [site for site in cheapest if left[site] > 0]
+        for part in holes:
+            free = [site for site in (wanted[part[0]], *cheapest) if left[site] > 0]
             if not free:
                 return None
             left[free[0]] -= 1
-            placed[lot] = free[0]
+            placed.update(dict.fromkeys(part, free[0]))
         return placed
 
     # ---- both ------------------------------------------------------------------------------

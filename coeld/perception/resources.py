@@ -37,7 +37,10 @@ class Told:
         speed = stepped_speed(fresh.kernel_mb_per_s)
         if told is not None and not _speed_moved(told, fresh):
             speed = told.kernel_mb_per_s
-        self.resources = replace(fresh, kernel_mb_per_s=speed)
+        budget = fresh.memory_budget_bytes
+        if told is not None and not _budget_moved(told, fresh):
+            budget = told.memory_budget_bytes  # else another quantity's news would carry its noise
+        self.resources = replace(fresh, kernel_mb_per_s=speed, memory_budget_bytes=budget)
         return True
 
 
@@ -46,11 +49,14 @@ def _speed_moved(told: Resources, fresh: Resources) -> bool:
     return abs(math.log(ratio, SPEED_STEP)) > SPEED_BAND
 
 
-def _matters(told: Resources, fresh: Resources) -> bool:
+def _budget_moved(told: Resources, fresh: Resources) -> bool:
     before, budget = told.memory_budget_bytes, fresh.memory_budget_bytes
+    return budget < before * (1 - BUDGET_SHRINK) or budget > before * (1 + BUDGET_GROWTH)
+
+
+def _matters(told: Resources, fresh: Resources) -> bool:
     return (
-        budget < before * (1 - BUDGET_SHRINK)
-        or budget > before * (1 + BUDGET_GROWTH)
+        _budget_moved(told, fresh)
         or abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
         or _speed_moved(told, fresh)
     )

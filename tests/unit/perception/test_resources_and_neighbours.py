@@ -108,3 +108,12 @@ def test_one_that_joins_changes_few_links() -> None:
     me, *others = ids(100)
     before = rings(me, others[:-1]).neighbours()
     assert len(before & rings(me, others).neighbours()) >= 6
+
+
+def test_news_of_one_quantity_does_not_carry_the_noise_of_another() -> None:
+    told = Told()
+    assert told.sample(Resources(1_000_000, 10**7, 10, 4000))
+    assert told.sample(Resources(930_000, 10**7, 60, 4300))
+    assert told.resources is not None
+    assert told.resources.memory_budget_bytes == 1_000_000
+    assert told.resources.cpu_load_percent == 60

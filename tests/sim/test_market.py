@@ -1,0 +1,130 @@
+"""The market in whole swarms, in virtual time: layers stay whole, and moves have a reason."""
+
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from coeld.effects import DropLots, Effect, LoadLots
+from coeld.events import ResourcesSampled
+from coeld.ids import Lot
+from coeld.sim import checkers
+from coeld.sim.world import MODEL, Device, Spec, World
+from coeld.view import Resources
+
+SMALL = replace(MODEL, layers=12)
+
+
+def swarm(seed: int, rooms: list[int], speeds: list[int] | None = None) -> World:
+    speeds = speeds or [4000] * len(rooms)
+    specs = [
+        Spec(MODEL.trunk_bytes + room * MODEL.lot_bytes, speed)
+        for room, speed in zip(rooms, speeds, strict=True)
+    ]
+    world = World(seed, specs, SMALL)
+    checkers.watch(world)
+    world.start_all()
+    return world
+
+
+def moves(world: World) -> list[tuple[str, str, int]]:
+    """From now on: (device, what, how many lots) of every load and drop."""
+    found: list[tuple[str, str, int]] = []
+
+    def watch(_: World, device: Device, effect: Effect) -> None:
+        if isinstance(effect, LoadLots | DropLots):
+            found.append((device.id, type(effect).__name__, len(effect.lots)))
+
+    world.watchers.append(watch)
+    return found
+
+
+def torn(world: World) -> list[int]:
+    """Layers that no device serves whole."""
+    return [
+        layer
+        for layer in range(world.demand.layers)
+        if not any(
+            all(Lot(layer, e) in device.serving for e in range(world.demand.experts))
+            for device in world.up()
+        )
+    ]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_survivors_with_exactly_enough_room_serve_whole_layers_at_once(seed: int) -> None:
+    world = swarm(seed, [49, 49, 49])
+    world.run_until(lambda: len(world.up()) == 3 and checkers.covered(world), 20)
+    world.run(6)
+    assert torn(world) == []
+    world.crash(max(world.up(), key=lambda device: len(device.serving)))
+    world.run_until(lambda: checkers.covered(world), 20)
+    for _ in range(60):
+        assert torn(world) == [], f"seed={seed}"
+        world.run(0.05)
+    checkers.at_rest(world)
+
+
+def test_an_hour_of_noise_moves_nothing() -> None:
+    world = swarm(3, [60] * 4)
+    world.run(8)
+    found = moves(world)
+    rng = Random(3)
+    for _ in range(360):
+        for device in world.up():
+            noise = [rng.uniform(0.9, 1.1) for _ in range(3)]
+            budget, load, speed = device.spec.budget_bytes, 50, 4000
+            sample = Resources(
+                min(budget, int(budget * noise[0])),
+                10**9,
+                int(load * noise[1]),
+                int(speed * noise[2]),
+            )
+            world.feed(device, ResourcesSampled(sample))
+        world.run(10)
+    assert found == []
+
+
+def test_a_device_that_joins_ten_times_slower_takes_nothing_that_answers_wait_for() -> None:
+    world = swarm(4, [49, 49, 97], [4000, 4000, 400])
+    slow = world.device(2)
+    world.run(8)
+    owned = {lot for device in world.up() if device is not slow for lot in device.serving}
+    assert owned == set(SMALL.lots())
+    claims = slow.node.perception.me.claims if slow.node else ()
+    assert all(claim.copy > 0 for claim in claims)
+
+
+@pytest.mark.parametrize("change", ["leave", "crash", "return", "join", "slow", "squeeze"])
+def test_every_change_leads_to_a_plan_that_all_agree_on(change: str) -> None:
+    world = swarm(5, [57, 57, 57, 57])
+    late = world.device(3)
+    world.run(3)
+    if change == "join":
+        world.crash(late)
+    world.run(8)
+    device = world.device(1)
+    match change:
+        case "leave":
+            world.leave(device)
+        case "crash":
+            world.crash(device)
+        case "return":
+            world.crash(device)
+            world.run(5)
+            world.start(device)
+        case "join":
+            world.start(late)
+        case "slow":
+            world.feed(device, ResourcesSampled(Resources(device.spec.budget_bytes, 1, 5, 700)))
+        case "squeeze":
+            budget = MODEL.trunk_bytes + 20 * MODEL.lot_bytes
+            device.spec = replace(device.spec, budget_bytes=budget)
+            world.feed(device, ResourcesSampled(Resources(budget, 1, 5, 4000)))
+    world.run(12)
+    checkers.at_rest(world)
+    assert torn(world) == []
+    if change == "slow":
+        node = device.node
+        assert node is not None
+        assert all(claim.copy > 0 for claim in node.perception.me.claims), "others are faster"
