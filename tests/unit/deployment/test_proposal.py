@@ -175,8 +175,11 @@ def test_a_torn_layer_is_not_kept_where_whole_ones_fit() -> None:
     best = thinking.fresh({})
     assert best is not None
     lots = demand.lots()
-    torn = dict.fromkeys(lots[:2], a) | dict.fromkeys(lots[2:], b)
-    assert thinking.kept(torn, best) is None
+    torn = dict.fromkeys(lots[:2], a) | dict.fromkeys(lots[2:], b)  # layer 0 is shared
+    kept = thinking.kept(torn, best)
+    assert kept is not None
+    assert is_whole(kept.owners)
+    assert all(kept.owners[lot] == b for lot in lots if lot.layer == 1), "a whole one stays"
 
 
 @pytest.mark.parametrize("seed", range(12))
