@@ -272,7 +272,9 @@ def test_nobody_misses_a_message_because_others_come_and_go(
                 await two.until(lambda: two.messages(one) == sent)
                 assert one.bus.status()["broker_refused"] == 0
         gc.collect()  # a task that died unseen complains when it is collected
-        assert [record for record in caplog.records if record.name == "asyncio"] == []
+        # A busy machine makes asyncio's debug mode complain of slow callbacks: not what is asked.
+        complaints = [r for r in caplog.records if r.name == "asyncio" and "took" not in r.msg]
+        assert complaints == []
 
     asyncio.run(scenario())
 
