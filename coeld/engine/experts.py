@@ -7,16 +7,16 @@ the decoder and the peers' connections run it.
 """
 
 import threading
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.engine.ahead import ahead
 from coeld.engine.feed_forward import session_order
 from coeld.engine.graphs import expert_graph
 from coeld.engine.sessions import Session, make_session
+from coeld.engine.side_by_side import side_by_side
 from coeld.errors import PeerRefused
 from coeld.ids import Lot
 from coeld.model.manifest import Manifest, tensor_bytes
@@ -64,11 +64,17 @@ class ExpertSet:
         """Read these lots from the store. Raises ModelError if a blob is missing or damaged."""
         with self._change:
             added = frozenset(lots) - self._held
+            held = self._held | added
+
+            def checked(layer: int) -> Resident | None:
+                self._verify(layer, added)
+                return None if layer in self._fused else self._built(layer, held)
+
             layers = sorted({lot.layer for lot in added})
-            for layer, _checked in zip(layers, self._checked(layers, added), strict=True):
-                if layer not in self._fused:
-                    self._rebuild(layer, self._held | added)
-            self._held |= added
+            for layer, resident in zip(layers, side_by_side(checked, layers), strict=True):
+                if resident is not None:
+                    self._swap(layer, resident)
+            self._held = held
 
     def drop(self, lots: Iterable[Lot]) -> None:
         """Let go of these lots; a run that has begun finishes."""
@@ -77,17 +83,21 @@ class ExpertSet:
             gone = self._held - kept
             self._held = kept
             for layer in sorted({lot.layer for lot in gone} - self._fused):
-                self._rebuild(layer, kept)
+                self._swap(layer, self._built(layer, kept))
 
     def hold_fused(self, lots: Iterable[Lot]) -> None:
-        """Hold lots that the trunk's spans are about to contain: no sessions of their own."""
+        """Hold lots that the trunk's spans are about to contain: no sessions of their own.
+
+        `verify_layer` is to be called before a span is built.
+        """
         with self._change:
             held = frozenset(lots)
-            layers = sorted({lot.layer for lot in held})
-            self._fused |= frozenset(layers)
-            for _checked in self._checked(layers, held - self._held):
-                pass
+            self._fused |= {lot.layer for lot in held}
             self._held |= held
+
+    def verify_layer(self, layer: int) -> None:
+        """Read the layer's held blobs. Raises BadChecksum if one is missing or damaged."""
+        self._verify(layer, self._held)
 
     def fuse(self, layers: Collection[int]) -> None:
         """Give up the sessions of these layers: the spans contain their experts now."""
@@ -100,7 +110,7 @@ class ExpertSet:
         with self._change:
             for layer in sorted(self._fused & frozenset(layers)):
                 self._fused -= {layer}
-                self._rebuild(layer, self._held)
+                self._swap(layer, self._built(layer, self._held))
 
     def run(
         self,
@@ -125,22 +135,22 @@ class ExpertSet:
         result: NDArray[np.float32] = resident.session.ort.run(("y",), {"x": x, "gates": gates})[0]
         return result
 
-    def _checked(self, layers: Sequence[int], lots: frozenset[Lot]) -> Iterator[None]:
-        """Verifies the blobs of one layer after the other, one layer ahead of who asks."""
-        experts = self._manifest.experts
-        refs = [
-            [experts[layer][lot.expert] for lot in sorted(lots) if lot.layer == layer]
-            for layer in layers
-        ]
-        yield from ahead(self._store.verify, refs)
+    def _verify(self, layer: int, lots: frozenset[Lot]) -> None:
+        refs = self._manifest.experts[layer]
+        self._store.verify(refs[lot.expert] for lot in sorted(lots) if lot.layer == layer)
 
-    def _rebuild(self, layer: int, held: frozenset[Lot]) -> None:
+    def _built(self, layer: int, held: frozenset[Lot]) -> Resident | None:
+        """The layer with its held experts, None if there are none."""
         ids = [lot.expert for lot in held if lot.layer == layer]
         experts = session_order(self._manifest, layer, ids)
-        layers = dict(self._layers)
-        layers.pop(layer, None)
-        if experts:
-            graph = expert_graph(self._manifest, self._store, layer, experts)
-            in_order = experts == tuple(range(self._manifest.shape.experts))
-            layers[layer] = Resident(experts, make_session(graph), in_order)
+        if not experts:
+            return None
+        graph = expert_graph(self._manifest, self._store, layer, experts)
+        in_order = experts == tuple(range(self._manifest.shape.experts))
+        return Resident(experts, make_session(graph), in_order)
+
+    def _swap(self, layer: int, resident: Resident | None) -> None:
+        layers = {k: v for k, v in self._layers.items() if k != layer}
+        if resident is not None:
+            layers[layer] = resident
         self._layers = layers

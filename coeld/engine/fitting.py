@@ -3,12 +3,13 @@
 A device that is alone with what it holds runs long fused spans; one that peers call runs its
 experts in sessions of their own. Going from one to the other is work of seconds, and answers must
 go on meanwhile. So the loader builds the graphs of one chunk of layers beside the present ones,
-the decoder adopts them between two tokens, and only then do the old ones go and the next chunk
-begins: in memory twice is never more than a chunk, and no token waits for a load.
+the decoder adopts them between two tokens, and only then does the loader let the old ones go and
+begin with the next chunk: in memory twice is never more than a chunk. The decoder's part is to
+exchange a few references: it takes no lock and frees nothing, so no token waits for a load.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from coeld.datapath.dispatch import RouteBoard
 from coeld.datapath.plan import Span, Step, chunks, compile_plan, fusible_layers
@@ -25,19 +26,21 @@ class Change:
     fused: frozenset[int]
     steps: Sequence[Step]
     sessions: Mapping[Span, Session]
+    retired: list[Session] = field(default_factory=list)
+    """What ran before; freeing it takes milliseconds, which are the loader's."""
 
 
 class Fitter:
-    """`prepare` belongs to the loader's thread, `adopt` to the decoder's."""
+    """`prepare` and `settle` belong to the loader's thread, `adopt` to the decoder's."""
 
     def __init__(self, trunk: Trunk, experts: ExpertSet, board: RouteBoard, me: NodeId) -> None:
         self._trunk, self._experts, self._board, self._me = trunk, experts, board, me
         self._fused: frozenset[int] = frozenset()
         self._under_way = False
 
-    def prepare(self) -> Change | None:
+    def prepare(self, check: Callable[[Span], None] | None = None) -> Change | None:
         """Build what the first chunk that is out of line needs. None: nothing to do, or a change
-        waits to be adopted."""
+        waits to be settled. `check` is called with each span before it is built."""
         if self._under_way:
             return None
         shape = self._trunk.shape
@@ -47,13 +50,18 @@ class Fitter:
             return None
         self._experts.unfuse(self._fused - fused)
         steps = compile_plan(shape.layers, fused)
+        change = Change(fused, steps, self._trunk.compile(steps, check))
         self._under_way = True
-        return Change(fused, steps, self._trunk.compile(steps))
+        return change
 
     def adopt(self, change: Change) -> None:
-        """Run the new graphs from the next token on and let go of the old ones."""
-        self._trunk.adopt(change.steps, change.sessions)
+        """Run the new graphs from the next token on."""
+        change.retired.extend(self._trunk.adopt(change.steps, change.sessions))
+
+    def settle(self, change: Change) -> None:
+        """Let go of what the adopted change replaced."""
         self._fused = change.fused
+        change.retired.clear()
         self._experts.fuse(change.fused)
         self._under_way = False
         give_memory_back()

@@ -9,7 +9,7 @@ from typing import Final
 
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
-from coeld.datapath.plan import describe
+from coeld.datapath.plan import Span, describe
 from coeld.datapath.ports import PeerLink
 from coeld.datapath.request import Request
 from coeld.datapath.scheduler import Scheduler
@@ -62,13 +62,21 @@ class OpenModel:
 
     def refit(self) -> None:
         """Bring the graphs in line with what is held, here and now: nothing else may run."""
-        while change := self.fitter.prepare():
+        self._refit(None)
+
+    def _refit(self, check: Callable[[Span], None] | None) -> None:
+        while change := self.fitter.prepare(check):
             self.fitter.adopt(change)
+            self.fitter.settle(change)
 
     def hold_everything(self) -> None:
         """Load all experts and fuse them: one device, no cut. Raises ModelError."""
         self.experts.hold_fused(self.manifest.demand().lots())
-        self.refit()
+        self._refit(self._verify)
+
+    def _verify(self, span: Span) -> None:
+        for layer in span.fused():
+            self.experts.verify_layer(layer)
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
         """Check that the request fits the context and set its length.

@@ -190,7 +190,7 @@ class Engine:
 
     def _adopt(self, model: OpenModel, change: Change) -> None:
         model.fitter.adopt(change)
-        self._loader_jobs.put(self._refit)
+        self._loader_jobs.put(lambda: self._settle(model, change))
 
     def _call_failed(self, node: NodeId, error: PeerError) -> None:
         self._link.say("call_failed", node=node, why=str(error))
@@ -227,6 +227,10 @@ class Engine:
         change = model.fitter.prepare() if model is not None else None
         if model is not None and change is not None:
             self._decoder_jobs.put(lambda: self._adopt(model, change))
+
+    def _settle(self, model: OpenModel, change: Change) -> None:
+        model.fitter.settle(change)
+        self._refit()
 
     # Any thread
 

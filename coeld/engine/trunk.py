@@ -6,7 +6,8 @@ span. Buffers for one row are bound once per request, so that a decoded token co
 call per span and no allocation.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,7 @@ from coeld.datapath.ports import Cache, Gates, Rows
 from coeld.engine.graphs import span_graph
 from coeld.engine.kvcache import KVCache
 from coeld.engine.sessions import Session, make_session
+from coeld.engine.side_by_side import side_by_side
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
@@ -55,20 +57,38 @@ class Trunk:
         self._many = self._one
         self._logits = np.zeros((1, 1, self.shape.vocab), F32)
         self._pass: _Pass | None = None
+        self._passes: weakref.WeakSet[_Pass] = weakref.WeakSet()
 
     def new_cache(self) -> KVCache:
         return KVCache(self.shape, self.context_tokens)
 
-    def compile(self, steps: Sequence[Step]) -> dict[Span, Session]:
-        """Sessions for the spans of a plan: those that are here, and new ones. Any thread."""
-        spans = [step for step in steps if isinstance(step, Span)]
-        ready = self._sessions
-        return {span: ready.get(span) or self._session(span) for span in spans}
+    def compile(
+        self, steps: Sequence[Step], check: Callable[[Span], None] | None = None
+    ) -> dict[Span, Session]:
+        """Sessions for the spans of a plan: those that are here, and new ones. Any thread.
 
-    def adopt(self, steps: Sequence[Step], sessions: Mapping[Span, Session]) -> None:
-        """Run this plan from the next pass on."""
+        `check` is called before a span is built; what it raises is raised here.
+        """
+
+        def built(span: Span) -> Session:
+            if check is not None:
+                check(span)
+            return make_session(span_graph(self.manifest, self._store, span))
+
+        ready = dict(self._sessions)
+        spans = [step for step in steps if isinstance(step, Span)]
+        new = [span for span in spans if span not in ready]
+        ready.update(zip(new, side_by_side(built, new), strict=True))
+        return {span: ready[span] for span in spans}
+
+    def adopt(self, steps: Sequence[Step], sessions: Mapping[Span, Session]) -> list[Session]:
+        """Run this plan from the next pass on. Returns what only the caller holds now."""
+        retired = [old for span, old in self._sessions.items() if span not in sessions]
         self.steps, self._sessions = steps, sessions
         self._pass = None
+        for bound in list(self._passes):
+            bound.release()
+        return retired
 
     def begin(self, cache: Cache, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """Start a pass over `tokens`, which follow what the cache holds.
@@ -104,9 +124,6 @@ class Trunk:
         assert self._pass is not None
         self._many.x[self._pass.position % 2][0] = y
 
-    def _session(self, span: Span) -> Session:
-        return make_session(span_graph(self.manifest, self._store, span))
-
     def _embed(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         w, s = self._embedding
         ids = np.asarray(tokens, np.int64)
@@ -141,6 +158,7 @@ class _Pass:
         single = len(rows) == 1
         self._logits = trunk._logits if single else np.empty((1, len(rows), trunk.shape.vocab), F32)
         self._bindings: dict[Span, Any] = {}
+        trunk._passes.add(self)
 
     def reusable(
         self, sessions: Mapping[Span, Session], buffers: Activations, rows: Sequence[int]
@@ -154,6 +172,7 @@ class _Pass:
 
     def release(self) -> None:
         self._bindings.clear()
+        self._sessions = {}
 
     def run(self, span: Span) -> tuple[Rows, Gates | None]:
         session = self._sessions[span].ort

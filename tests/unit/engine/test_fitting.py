@@ -1,0 +1,150 @@
+"""Changing the plan, and loading, while an answer is under way: the decoder waits for neither."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+
+from coeld.datapath.request import Request
+from coeld.engine.measure import ME, NoPeers, Silent
+from coeld.engine.open_model import OpenModel
+from coeld.engine.side_by_side import side_by_side
+from coeld.ids import Lot, NodeId
+from coeld.model.store import Store
+from coeld.routes import RouteTable
+
+PROMPT, TOKENS = list(range(5, 14)), 30
+WAIT_S = 30
+
+
+class Gate:
+    """Stops whoever passes until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, *_anything) -> None:
+        self.reached.set()
+        assert self.opened.wait(WAIT_S)
+
+
+class GatedStore(Store):
+    """A store whose disk is as slow as a gate."""
+
+    gate: Gate | None = None
+
+    def verify(self, refs) -> None:
+        if self.gate is not None:
+            self.gate()
+        super().verify(refs)
+
+
+@pytest.fixture
+def model(tiny, tiny_store) -> OpenModel:
+    model = OpenModel(
+        tiny, GatedStore(tiny_store.root), me=ME, peers=NoPeers(), context_tokens=256
+    )
+    model.hold_everything()
+    return model
+
+
+@pytest.fixture
+def expected(model) -> list[int]:
+    listener = start(model)
+    finish(model)
+    return listener.tokens
+
+
+def start(model: OpenModel) -> Silent:
+    listener = Silent()
+    model.scheduler.submit(Request("r", PROMPT, TOKENS, listener))
+    for _ in range(5):
+        model.scheduler.turn()
+    return listener
+
+
+def finish(model: OpenModel) -> None:
+    while model.scheduler.active:
+        model.scheduler.turn()
+
+
+def meet_a_peer(model: OpenModel) -> None:
+    peer = {NodeId("b" * 16): ("127.0.0.1", 1)}
+    model.board.pin(RouteTable(model.manifest.hash, 1, {}, peer))
+
+
+def test_tokens_keep_coming_while_a_change_is_being_prepared(model, expected) -> None:
+    listener, building, changes = start(model), Gate(), []
+    meet_a_peer(model)
+    loader = threading.Thread(target=lambda: changes.append(model.fitter.prepare(building)))
+    loader.start()
+    assert building.reached.wait(WAIT_S)
+    before = len(listener.tokens)
+    for _ in range(10):
+        model.scheduler.turn()
+    assert not changes, "the change is still being prepared"
+    assert len(listener.tokens) == before + 10
+    building.opened.set()
+    loader.join(WAIT_S)
+    model.scheduler.turn()
+    assert model.plan == "1 graph, 0 cuts"
+    model.fitter.adopt(changes[0])
+    model.scheduler.turn()
+    assert model.plan == "4 graphs, 3 cuts"
+    model.fitter.settle(changes[0])
+    finish(model)
+    assert listener.tokens == expected
+
+
+def test_a_change_is_adopted_while_a_load_is_under_way(model, expected) -> None:
+    listener, disk = start(model), Gate()
+    meet_a_peer(model)
+    change = model.fitter.prepare()
+    assert change is not None
+    model.experts.drop([Lot(1, 0)])
+    model.experts._store.gate = disk
+    loader = threading.Thread(target=model.experts.load, args=([Lot(1, 0)],))
+    loader.start()
+    assert disk.reached.wait(WAIT_S)
+    model.fitter.adopt(change)
+    assert loader.is_alive()
+    assert model.plan == "4 graphs, 3 cuts"
+    disk.opened.set()
+    loader.join(WAIT_S)
+    model.fitter.settle(change)
+    finish(model)
+    assert listener.tokens == expected
+
+
+def test_the_decoder_frees_nothing_when_it_adopts(model) -> None:
+    start(model)
+    old = weakref.ref(next(iter(model.trunk._sessions.values())))
+    meet_a_peer(model)
+    change = model.fitter.prepare()
+    assert change is not None
+    model.fitter.adopt(change)
+    model.scheduler.turn()
+    gc.collect()
+    assert old() is not None
+    model.fitter.settle(change)
+    assert old() is None
+
+
+def test_work_side_by_side_comes_back_in_order_and_fails_in_its_turn() -> None:
+    gate = Gate()
+
+    def work(item: int) -> int:
+        if item == 0:
+            gate()  # finishes after item 1, which runs beside it
+        elif item == 1:
+            gate.opened.set()
+        elif item == 3:
+            raise ValueError("three")
+        return item * item
+
+    found = []
+    with pytest.raises(ValueError, match="three"):
+        for value in side_by_side(work, range(1000)):
+            found.append(value)
+    assert found == [0, 1, 4]
