@@ -42,9 +42,7 @@ class GatedStore(Store):
 
 @pytest.fixture
 def model(tiny, tiny_store) -> OpenModel:
-    model = OpenModel(
-        tiny, GatedStore(tiny_store.root), me=ME, peers=NoPeers(), context_tokens=256
-    )
+    model = OpenModel(tiny, GatedStore(tiny_store.root), me=ME, peers=NoPeers(), context_tokens=256)
     model.hold_everything()
     return model
 
@@ -143,8 +141,7 @@ def test_work_side_by_side_comes_back_in_order_and_fails_in_its_turn() -> None:
             raise ValueError("three")
         return item * item
 
-    found = []
+    values = side_by_side(work, range(1000))
+    assert [next(values) for _ in range(3)] == [0, 1, 4]
     with pytest.raises(ValueError, match="three"):
-        for value in side_by_side(work, range(1000)):
-            found.append(value)
-    assert found == [0, 1, 4]
+        next(values)
