@@ -117,7 +117,14 @@ Site = tuple[int, int]
 class CostModel:
     """Prices of one model on one set of devices. Tables are made once; methods are pure."""
 
-    def __init__(self, demand: ModelDemand, devices: Sequence[Device], links: Links) -> None:
+    def __init__(
+        self,
+        demand: ModelDemand,
+        devices: Sequence[Device],
+        links: Links,
+        free_calls: bool = False,
+    ) -> None:
+        """`free_calls`: reaching another device costs nothing, to see what calls cost."""
         self.demand = demand
         self.devices = tuple(devices)
         self.sites: tuple[Site, ...] = tuple(
@@ -129,7 +136,8 @@ class CostModel:
         self._void, self._count = _tables(demand.experts, demand.used)
         self._scale = max(1, demand.used * PPM // SHARES)
         self._reach = [
-            [self.reach_ns(d, i) for i in range(len(self.sites))] for d in range(len(devices))
+            [0 if free_calls else self.reach_ns(d, i) for i in range(len(self.sites))]
+            for d in range(len(devices))
         ]
 
     def evened(self) -> "CostModel":
@@ -197,6 +205,11 @@ class CostModel:
             total += cost * (before - after)
             before = after
         return total // PPM
+
+    def branch_ns(self, asker: int, site: int, share: Share) -> int:
+        """What one branch alone is expected to cost if it is called."""
+        ((_, busy, _),) = self._branches({site: share})
+        return busy + self._reach[asker][site]
 
     def swarm_trunk_ns(self) -> int:
         """Attention and head of a token, weighted over all devices that are asked."""

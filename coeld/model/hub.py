@@ -38,18 +38,31 @@ def open_hub(source: str, progress: Progress) -> HfFolder:
 
     Raises FetchFailed, DiskFull; UnsupportedModel, BadModelFile.
     """
+    name, revision = _parse(source)
+    folder = _fetch(name, revision, SMALL, progress)
+    title = f"{PREFIX}{name}@{folder.name}"
+    check_family("huggingface", read_config(folder, title), title)
+    # By commit, so that both belong together whatever is pushed meanwhile.
+    return HfFolder(_fetch(name, folder.name, [*SMALL, *WEIGHTS], progress), title)
+
+
+def fetch_config(source: str) -> tuple[dict[str, Any], str]:
+    """config.json alone, and what to call it. Raises FetchFailed, DiskFull; BadModelFile."""
+    name, revision = _parse(source)
+    folder = _fetch(name, revision, [CONFIG], lambda *_: None)
+    title = f"{PREFIX}{name}@{folder.name}"
+    return read_config(folder, title), title
+
+
+def _parse(source: str) -> tuple[str, str]:
+    """Name and revision. Raises ModelError."""
     found = NAME.fullmatch(source.removeprefix(PREFIX))
     if found is None:
         raise ModelError(
             f"{source!r} does not name a model on the hub. Write hf:ORG/NAME or "
             "hf:ORG/NAME@REVISION, for example hf:Qwen/Qwen3-30B-A3B."
         )
-    name, revision = found[1], found[2] or "main"
-    folder = _fetch(name, revision, SMALL, progress)
-    title = f"{PREFIX}{name}@{folder.name}"
-    check_family("huggingface", read_config(folder, title), title)
-    # By commit, so that both belong together whatever is pushed meanwhile.
-    return HfFolder(_fetch(name, folder.name, [*SMALL, *WEIGHTS], progress), title)
+    return found[1], found[2] or "main"
 
 
 def _fetch(name: str, revision: str, patterns: list[str], progress: Progress) -> Path:

@@ -52,7 +52,7 @@ def devices(status: dict[str, Any]) -> "Table":
     """A line per device, within 80 columns unless it owns very scattered experts."""
     node, model = status["node"], status["node"]["model"]
     names = [member["name"] for member in node["members"]]
-    table = _table("devices", "device", "state", "memory", "speed", "load", "owns", "layers")
+    table = table_of("devices", "device", "state", "memory", "speed", "load", "owns", "layers")
     for member in node["members"]:
         name = member["name"]
         if not name or names.count(name) > 1:  # then only the key tells them apart
@@ -80,7 +80,7 @@ def _memory(member: dict[str, Any], model: dict[str, Any] | None) -> str:
     return f"{held_bytes / 1e6:,.0f} of {budget}"
 
 
-def _table(title: str, *columns: str) -> "Table":
+def table_of(title: str, *columns: str) -> "Table":
     from rich import box
     from rich.table import Table
 
@@ -130,7 +130,7 @@ def links(status: dict[str, Any]) -> "Table":
     peers = status["engine"]["stats"].get("peers", {})
     names = {member["node"]: member["name"] for member in status["node"]["members"]}
     title = f"links ({bus['topology']} brokers)"
-    table = _table(title, "to", "state", "messages", "expert calls", "round trip")
+    table = table_of(title, "to", "state", "messages", "expert calls", "round trip")
     for link in bus["links"]:
         peer = peers.get(link["node"], {})
         rtt_us = peer.get("rtt_us_p50")

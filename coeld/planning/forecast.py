@@ -1,0 +1,221 @@
+"""How a model would run on these devices: where everything goes, how fast, and what limits it.
+
+The market's own placement and cost model, on figures from profiles instead of measurements. What a
+change would bring is worked out by making it and placing again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from coeld.deployment.cost import CostModel, Device, Share, Tier, kv_cache_bytes
+from coeld.deployment.proposal import Deliberation, Facts, is_whole, shares_of
+from coeld.ids import Lot, NodeId
+from coeld.planning.fleet import Machine, link_between
+from coeld.planning.shape import WIDTHS, Shape
+from coeld.view import ModelDemand
+
+REQUESTS: Final = 1
+"""Answers at a time that a plan leaves memory for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Where a token's time goes."""
+
+    what: str
+    us: int
+    arithmetic: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a fleet would do with a model. Times are of the device that answers fastest."""
+
+    demand: ModelDemand
+    machines: tuple[Machine, ...]
+    missing_bytes: int
+    """0: it fits."""
+    owners: Mapping[Lot, int]
+    """Index of the machine that holds each lot."""
+    whole: bool
+    asker: int = 0
+    token_us: int = 0
+    chained_us: int = 0
+    """The same if devices ran consecutive layers on their own."""
+    prefill_us: int = 0
+    parts: tuple[Part, ...] = ()
+    slowest: str = ""
+    """The device whose branch most layers wait for, and for how many of them."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return 1e6 / self.token_us if self.token_us else 0.0
+
+
+def choose_width(
+    shape: Shape, machines: Sequence[Machine], context_tokens: int, trunk_bits: int
+) -> int:
+    """The widest experts that fit; the narrowest width there is if none do."""
+    for bits in WIDTHS:
+        demand = shape.demand(bits, trunk_bits)
+        if lacking(demand, machines, context_tokens) == 0:
+            return bits
+    return WIDTHS[-1]
+
+
+def rooms(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> list[int]:
+    """Lots that fit at each device beside trunk and KV cache."""
+    cache = kv_cache_bytes(demand, context_tokens, REQUESTS)
+    return [
+        max(0, m.budget_bytes - demand.trunk_bytes - cache * m.asks) // demand.lot_bytes
+        for m in machines
+    ]
+
+
+def lacking(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> int:
+    """Bytes of memory that are missing for all lots."""
+    short = demand.layers * demand.experts - sum(rooms(demand, machines, context_tokens))
+    return max(0, short) * demand.lot_bytes
+
+
+def enough_each(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> int:
+    """Bytes that every device would have to give, were they to share the lots equally."""
+    lots = -(-demand.layers * demand.experts // len(machines))
+    cache = kv_cache_bytes(demand, context_tokens, REQUESTS)
+    return demand.trunk_bytes + cache + lots * demand.lot_bytes
+
+
+def forecast(
+    demand: ModelDemand,
+    machines: Sequence[Machine],
+    prompt_tokens: int,
+    context_tokens: int,
+    split: bool,
+) -> Forecast:
+    """Place the model and say how it would run.
+
+    Memory is left for a KV cache of `context_tokens`; a token is timed after `prompt_tokens`.
+    """
+    fits = rooms(demand, machines, context_tokens)
+    devices = tuple(
+        Device(
+            NodeId(f"{index:016x}"),
+            (Tier("ram", room * demand.lot_bytes, m.kernel_mb_per_s, m.row_mb_per_s),),
+            weight=int(m.asks),
+        )
+        for index, (m, room) in enumerate(zip(machines, fits, strict=True))
+    )
+    links = tuple(tuple(link_between(a, b) for b in machines) for a in machines)
+    facts = Facts(demand, devices, links, split)
+    missing = lacking(demand, machines, context_tokens)
+    thinking = Deliberation(facts)
+    while not thinking.advance():
+        pass
+    found = thinking.fresh({})
+    if missing or found is None:
+        return Forecast(demand, tuple(machines), missing, {}, False)
+    owners = {lot: int(node, 16) for lot, node in found.owners.items()}
+    model = facts.model()
+    layers = shares_of(model, owners)
+    times = {a: model.token_us(a, layers, prompt_tokens) for a in model.askers}
+    asker = min(times, key=lambda a: (times[a], a))
+    return Forecast(
+        demand,
+        tuple(machines),
+        0,
+        owners,
+        is_whole(found.owners),
+        asker,
+        times[asker],
+        model.token_us(asker, layers, prompt_tokens, spans=True),
+        model.prefill_us(asker, layers, prompt_tokens),
+        tuple(_parts(model, asker, layers, prompt_tokens)),
+        _slowest(model, asker, layers, machines),
+    )
+
+
+def _parts(
+    model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int
+) -> list[Part]:
+    demand, tier = model.demand, model.devices[asker].tiers[0]
+    speed = f"{tier.mb_per_s / 1000:.1f} GB/s"
+    attention = model.attention_ns(asker) * len(layers) // 1000
+    cached = model.attention_ns(asker, context_tokens) * len(layers) // 1000 - attention
+    total = sum(model.layer_ns(asker, shares) for shares in layers) // 1000
+    free = CostModel(demand, model.devices, model.links, free_calls=True)
+    computing = sum(free.layer_ns(asker, shares) for shares in layers) // 1000
+    cuts = sum(any(model.sites[s][0] != asker for s in shares) for shares in layers)
+    read = demand.used * demand.lot_bytes * len(layers)
+    home = sum(shares[s].bytes_used for shares in layers for s in shares if s == asker) // 10**6
+    return [
+        Part(
+            "attention and other trunk",
+            attention,
+            f"{model.attention_bytes * len(layers) / 1e6:,.0f} MB at {speed}",
+        ),
+        Part(
+            "KV cache",
+            cached,
+            f"{demand.kv_bytes_per_token * context_tokens / 1e6:,.0f} MB of {context_tokens} tokens"
+            f" at {speed}",
+        ),
+        Part("head", model.head_ns(asker) // 1000, f"{demand.head_bytes / 1e6:,.0f} MB at {speed}"),
+        Part(
+            "experts",
+            computing,
+            f"{demand.used} of {demand.experts} in {len(layers)} layers: {read / 1e6:,.0f} MB, "
+            f"{100 * home // max(1, read)} % of it here; each layer waits for its busiest device",
+        ),
+        Part(
+            "calls to other devices",
+            total - computing,
+            f"{cuts} of {len(layers)} layers need one: round trip, payload, wake-ups",
+        ),
+    ]
+
+
+def _slowest(
+    model: CostModel,
+    asker: int,
+    layers: Sequence[Mapping[int, Share]],
+    machines: Sequence[Machine],
+) -> str:
+    counts = [0] * len(machines)
+    for shares in layers:
+        alone = {site: model.branch_ns(asker, site, share) for site, share in shares.items()}
+        counts[model.sites[max(alone, key=lambda s: (alone[s], s))][0]] += 1
+    index = max(range(len(counts)), key=lambda i: (counts[i], -i))
+    return f"{counts[index]} of {len(layers)} layers wait for {machines[index].name}"
+
+
+def limit(found: Forecast) -> str:
+    """What the time per token depends on most."""
+    part = max(found.parts, key=lambda part: part.us)
+    asker = found.machines[found.asker]
+    if part.what == "calls to other devices":
+        kinds = sorted({m.link for m in found.machines})
+        return f"the network ({', '.join(kinds)}): calls to other devices"
+    if part.what == "experts":
+        return f"memory speed where the experts are: {found.slowest}"
+    return (
+        f"memory speed of {asker.name}, which reads the whole trunk for every token ({part.what})"
+    )
+
+
+def changes(
+    found: Forecast, prompt_tokens: int, context_tokens: int, split: bool
+) -> list[tuple[str, Forecast]]:
+    """What one more device, a wired network, or splitting layers would bring."""
+    last = found.machines[-1]
+    more = (*found.machines, replace(last, name=f"another {last.profile}"))
+    tried = [(f"one more {last.profile}", more, split)]
+    if any(machine.link == "wifi" for machine in found.machines):
+        wired = tuple(replace(machine, link="ethernet") for machine in found.machines)
+        tried.append(("cables instead of Wi-Fi", wired, split))
+    if not split and found.whole:
+        tried.append(("splitting layers over devices (--split)", found.machines, True))
+    return [
+        (what, forecast(found.demand, machines, prompt_tokens, context_tokens, parts))
+        for what, machines, parts in tried
+    ]

@@ -1,0 +1,216 @@
+"""Plans: sizes as an import has them, mistakes named, predictions that follow the figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from coeld.errors import CoeldError, ConfigError, ModelError
+from coeld.model.store import Store
+from coeld.planning.fleet import parse_fleet, profiles, read_fleet
+from coeld.planning.forecast import changes, choose_width, forecast, lacking, limit
+from coeld.planning.shape import Shape, find_demand, from_config, parse_shape, shipped
+from coeld.ui.cli import main
+from coeld.ui.plan_command import swarm_machines
+
+PI5 = "raspberry-pi-5"
+SMALL = """
+name = "small"
+layers = 4
+hidden = 256
+heads = 4
+kv_heads = 2
+head_dim = 64
+experts = 8
+top_k = 2
+expert_width = 128
+vocab = 1000
+tied = true
+"""
+
+
+def shape(name: str) -> Shape:
+    return parse_shape(shipped()[name], name)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("Qwen3-30B-A3B", 30.5, 3.3),
+        ("OLMoE-1B-7B", 6.9, 1.3),
+        ("Granite-3-1B-A400M", 1.33, 0.43),
+        ("Mixtral-8x7B", 46.7, 12.9),
+        ("SmolLM2-135M", 0.1345, 0.1345),
+    ],
+)
+def test_shipped_shapes_have_the_sizes_their_makers_say(
+    name: str, total: float, active: float
+) -> None:
+    """In billions of parameters, from the model cards."""
+    known = shape(name)
+    demand = known.demand(8, 8)
+    per_layer = 3 * known.hidden * known.expert_width
+    q, kv = known.heads * known.head_dim, known.kv_heads * known.head_dim
+    attention = known.hidden * (2 * q + 2 * kv)
+    ends = known.vocab * known.hidden * (1 if known.tied else 2)
+    all_ = known.layers * (known.experts * per_layer + attention) + ends
+    used = known.layers * (known.top_k * per_layer + attention) + ends
+    assert all_ / 1e9 == pytest.approx(total, rel=0.02)
+    assert used / 1e9 == pytest.approx(active, rel=0.1)
+    stored = demand.trunk_bytes + demand.layers * demand.experts * demand.lot_bytes
+    assert 1.0 < stored / all_ < 1.2, "8 bits and scales"
+    assert known.demand(4).lot_bytes < 0.56 * demand.lot_bytes
+
+
+def test_a_dense_model_is_planned_in_slices_as_it_is_imported() -> None:
+    demand = shape("SmolLM2-135M").demand(8)
+    assert (demand.layers, demand.experts, demand.used) == (30, 8, 8)
+
+
+def test_a_config_json_gives_the_shipped_shape() -> None:
+    config = {
+        "model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "vocab_size": 151936,
+        "tie_word_embeddings": False, "norm_topk_prob": True, "intermediate_size": 6144,
+    }  # fmt: skip
+    found = from_config(config, "hf:Qwen/Qwen3-30B-A3B@main")
+    assert found == replace(shape("Qwen3-30B-A3B"), published=())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("layers = 4", "layers = 0"), "layers = 0, expected a whole number of 1 to 1024"),
+        (("layers = 4", 'layers = "4"'), "layers = '4'"),
+        (("layers = 4", ""), "lacks the key 'layers'"),
+        (("top_k = 2", "top_k = 9"), "at most experts = 8"),
+        (("tied = true", "tied = 1"), "tied = 1, expected true or false"),
+        (("vocab = 1000", "vocab = 1000\nvocabulary = 3"), "unknown key 'vocabulary'"),
+        (("vocab = 1000", "vocab = = 3"), "is not TOML"),
+        (("vocab = 1000", "vocab = 1000\npublished = 3"), "published = 3"),
+    ],
+)
+def test_mistakes_in_a_shape_are_named(change: tuple[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=r"shape\.toml") as caught:
+        parse_shape(SMALL.replace(*change), "shape.toml")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "names 0 devices"),
+        ("[[device]]", "lacks the key 'profile'"),
+        ('[[device]]\nprofile = "pi9"', "expected one of"),
+        (f'[[device]]\nprofile = "{PI5}"\ncount = 65', "count = 65, expected a whole number of 1"),
+        (f'[[device]]\nprofile = "{PI5}"\nmemory_gb = -1', "memory_gb = -1"),
+        (f'[[device]]\nprofile = "{PI5}"\nmemory_gb = nan', "memory_gb = nan"),
+        (f'[[device]]\nprofile = "{PI5}"\nlink = "carrier pigeon"', "expected one of ethernet"),
+        (f'[[device]]\nprofile = "{PI5}"\nasks = false', "no device asks"),
+        (f'[[device]]\nprofile = "{PI5}"\nwifi = true', "unknown key 'wifi'"),
+        ("device = 3", "device = 3"),
+    ],
+)
+def test_mistakes_in_a_fleet_are_named(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_fleet(text, "fleet.toml")
+    assert said in str(caught.value)
+
+
+def test_a_line_names_devices_and_what_it_does_not_know() -> None:
+    machines = read_fleet("2xraspberry-pi-5,n100")
+    assert [machine.name for machine in machines] == [f"{PI5}-1", f"{PI5}-2", "n100"]
+    with pytest.raises(ConfigError, match="names no devices"):
+        read_fleet("3xtoaster")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_fleet("/nowhere/fleet.toml")
+
+
+def test_every_profile_has_a_source_and_says_whether_its_speed_was_measured() -> None:
+    known = profiles()
+    assert {"raspberry-pi-4", PI5, "cm5", "jetson-orin-nano", "jetson-orin-nx", "n100"} <= {*known}
+    for profile in known.values():
+        assert len(profile.source) > 30
+        assert profile.row_mb_per_s > profile.kernel_mb_per_s
+
+
+def test_what_does_not_fit_says_how_much_is_missing_and_the_width_follows_the_memory() -> None:
+    known = shape("OLMoE-1B-7B")
+    few, many = read_fleet("1xraspberry-pi-5"), read_fleet("4xraspberry-pi-5")
+    assert choose_width(known, many, 512, 8) == 8
+    assert choose_width(known, few, 512, 8) == 4
+    found = forecast(known.demand(8), few, 128, 512, False)
+    assert found.missing_bytes == lacking(known.demand(8), few, 512) > 10**9
+    assert changes(found, 128, 512, False)[0][1].missing_bytes < found.missing_bytes
+
+
+def test_parts_add_up_and_the_largest_one_is_the_limit() -> None:
+    known = shape("OLMoE-1B-7B").demand(4)
+    for fleet in ("3xraspberry-pi-5", "2xn100,raspberry-pi-4"):
+        found = forecast(known, read_fleet(fleet), 128, 512, False)
+        assert abs(sum(part.us for part in found.parts) - found.token_us) < 20
+        assert found.chained_us <= found.token_us
+        assert limit(found)
+
+
+def test_wifi_is_slower_and_the_plan_says_what_cables_would_bring() -> None:
+    text = f'[[device]]\nprofile = "{PI5}"\ncount = 3\nmemory_gb = 4\nlink = "wifi"'
+    found = forecast(shape("OLMoE-1B-7B").demand(4), parse_fleet(text, "t"), 128, 512, False)
+    assert "network" in limit(found)
+    gains = dict(changes(found, 128, 512, False))
+    assert gains["cables instead of Wi-Fi"].token_us < 0.8 * found.token_us
+
+
+def test_splitting_pays_where_computing_is_slow_and_links_are_fast() -> None:
+    demand = shape("Qwen3-30B-A3B").demand(4, 4)
+    machines = [replace(m, budget_bytes=6_500_000_000) for m in read_fleet("4xraspberry-pi-5")]
+    whole, parts = (forecast(demand, machines, 128, 2048, split) for split in (False, True))
+    assert whole.whole
+    assert not parts.whole
+    assert parts.token_us < 0.85 * whole.token_us
+    assert 4 < whole.tokens_per_s < parts.tokens_per_s < 13.04, "attention is not split"
+
+
+def test_the_running_swarm_is_planned_with_what_its_devices_told() -> None:
+    member = {
+        "status": "alive", "engine": True, "name": "kitchen", "node": "a" * 16,
+        "memory_budget_bytes": 10**9, "kernel_mb_per_s": 9000,
+    }  # fmt: skip
+    dead = member | {"status": "dead"}
+    machines = swarm_machines({"node": {"members": [member, dead]}})
+    assert [(m.name, m.budget_bytes, m.kernel_mb_per_s) for m in machines] == [
+        ("kitchen", 10**9, 9000)
+    ]
+    with pytest.raises(ConfigError, match="0 devices"):
+        swarm_machines({"node": {"members": [dead]}})
+
+
+def test_models_are_found_by_name_file_and_folder(tmp_path) -> None:
+    store = Store(tmp_path / "store")
+    assert find_demand("olmoe-1b-7b", store) == shape("OLMoE-1B-7B")
+    (tmp_path / "mine.toml").write_text(SMALL)
+    assert find_demand(str(tmp_path / "mine.toml"), store) == parse_shape(SMALL, "mine")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    for bad in ("no-such-model", str(tmp_path), "hf:../x", str(tmp_path / "gone.toml")):
+        with pytest.raises(CoeldError) as caught:
+            find_demand(bad, store)
+        assert isinstance(caught.value, ModelError | ConfigError)
+
+
+def test_the_command_prints_tables_or_json_and_says_by_its_status_whether_it_fits(
+    capsys, tmp_path
+) -> None:
+    command = ["plan", "--model", "OLMoE-1B-7B", "--store", str(tmp_path), "--devices"]
+    assert main([*command, "4xraspberry-pi-5", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"]
+    assert told["tokens_per_s"] > 1
+    assert sum(device["lots"] for device in told["devices"]) == 16 * 64
+    assert main([*command, "4xraspberry-pi-5"]) == 0
+    assert "tok/s" in capsys.readouterr().out
+    assert main([*command, "raspberry-pi-4"]) == 3
+    assert "missing" in capsys.readouterr().out
+    assert main(["plan", "--model", "OLMoE-1B-7B"]) == 1
+    assert main(["plan", "--list"]) == 0
+    assert "Qwen3-30B-A3B" in capsys.readouterr().out
