@@ -74,7 +74,9 @@ class Node:
         self._seen_market = self._seen_supply = self._seen_marks = self._bid_supply = -1
         self._planned_at = float("-inf")
         self._left = False
-        self._due = float("-inf")
+        self._due = self._now = float("-inf")
+        self._set_back_s = 0.0
+        """How far the clock has been set back altogether."""
         self._stepped = (-1, -1, -1)
         self._out: list[Effect] = []
 
@@ -83,12 +85,15 @@ class Node:
     @property
     def deadline(self) -> float:
         """When the next Tick is due, on the clock that `step` is given."""
-        return self._due
+        return self._due - self._set_back_s
 
     def step(self, event: Event, now: float) -> list[Effect]:
-        """What to do about `event`; `now` is monotonic, in seconds."""
+        """What to do about `event`; `now` in seconds. If it goes back, time stood still."""
         if self._left:
             return []
+        self._set_back_s = max(self._set_back_s, self._now - now)
+        reached = self._due if now >= self.deadline else self._now  # whatever sums round to
+        now = self._now = max(now + self._set_back_s, reached)
         if now >= self._due > float("-inf"):
             self.perception.membership.woke(now - self._due, now)
         self._absorb(event, now)

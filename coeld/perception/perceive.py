@@ -88,7 +88,7 @@ class Perception:
         self._objected: dict[NodeId, float] = {}
         """When we last contradicted old news of a device."""
         self._comparing = Comparing(self._beat_s)
-        self._asks: dict[NodeId, list[NodeId]] = {}
+        self._asks: dict[NodeId, dict[NodeId, None]] = {}
         self._asked: dict[NodeId, tuple[gossip.Version, float]] = {}
         self._rewired = False
         """Did something change that the choice of neighbours depends on?"""
@@ -201,9 +201,10 @@ class Perception:
             self._published_at = now
             self.told = self.me
             self._outbox.append(Publish(self._delta((self.me,))))
-        for device, nodes in self._asks.items():
+        for device, asked in self._asks.items():
+            nodes = tuple(asked)
             for at in range(0, len(nodes), WANTED_MAX):
-                self._send_ask(device, wanted=tuple(nodes[at : at + WANTED_MAX]))
+                self._send_ask(device, wanted=nodes[at : at + WANTED_MAX])
         self._asks.clear()
         if now >= self._beat_at:
             self._outbox.append(Publish(self._beat(now)))
@@ -379,7 +380,7 @@ class Perception:
         asked, at = self._asked.get(entry.node, (gossip.NOTHING, float("-inf")))
         if asked < version or now - at > ASK_AGAIN_S:
             self._asked[entry.node] = (version, now)
-            self._asks.setdefault(sender, []).append(entry.node)
+            self._asks.setdefault(sender, {})[entry.node] = None
 
     def _hear_record(self, record: Record, now: float) -> None:
         origin = record.origin
