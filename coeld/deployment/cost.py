@@ -16,9 +16,10 @@ expected maximum is more than the maximum of expectations: eight lots over four 
 each, yet the busiest has three or four. With s a branch's share of what the layer is used for, a
 set of branches with share s is not called with probability void(s) = Π_{i<k} (1 − sE/(E−i)), exact
 for equally popular lots (hypergeometric); a branch that is called has, on average, k·s / (1 −
-void(s)) lots to run, and counts for SPREAD standard deviations more. Sorted by what they cost
-when called, the layer is Σ cost_i × P(i is called and none before it is). Against 800 layers
-simulated draw by draw the error is 2.3 % on average and under 9 % in 95 of 100; docs/log.md.
+void(s)) lots to run, and the more branches may be the slowest, the more standard deviations it
+counts above that (Clark, 1961, does so for normals). Sorted by what they cost when called, the
+layer is Σ cost_i × P(i is called and none before it is). Against 1,500 layers simulated draw by
+draw the error is 1.8 % on average and under 7 % in 95 of 100; docs/log.md.
 
 **A cut** is paid where some of the layer is elsewhere, so a layer that is wholly here saves it. If
 devices may run consecutive layers of a request on their own (spans), the row hops from device to
@@ -39,8 +40,12 @@ from coeld.view import ModelDemand
 PPM: Final = 1_000_000
 SHARES: Final = 1024
 """Steps in which a branch's share of a layer is looked up."""
-SPREAD_PERCENT: Final = 35
-"""Standard deviations that a called branch counts above its mean; fitted, see docs/log.md."""
+SPREADS: Final = (0, 0, 564, 846, 1029, 1163, 1267, 1352, 1424)
+"""By rivals: the expected maximum of so many standard normals, in thousandths."""
+SPREADS_BY_EIGHTH: Final = tuple(
+    SPREADS[i // 8] + (SPREADS[min(i // 8 + 1, len(SPREADS) - 1)] - SPREADS[i // 8]) * (i % 8) // 8
+    for i in range(8 * len(SPREADS) - 7)
+)
 CALL_US: Final = 70
 """One more graph call in the engine (ONNX Runtime from Python, measured on x86-64)."""
 CUT_US: Final = 150
@@ -112,6 +117,8 @@ class Share(NamedTuple):
 NOTHING: Final = Share(0, 0)
 Site = tuple[int, int]
 """Device and tier, as indices."""
+Branch = tuple[int, int, int, int, int]
+"""Site; mean and standard deviation of its time if it is called, ns; uses; P(called), 10^-6."""
 
 
 class CostModel:
@@ -133,7 +140,7 @@ class CostModel:
         self.tiers = tuple(devices[d].tiers[t] for d, t in self.sites)
         self.askers = tuple(d for d, device in enumerate(devices) if device.weight > 0)
         self.links = links
-        self._void, self._count = _tables(demand.experts, demand.used)
+        self._void, self._when_called = _tables(demand.experts, demand.used)
         self._scale = max(1, demand.used * PPM // SHARES)
         self._reach = [
             [0 if free_calls else self.reach_ns(d, i) for i in range(len(self.sites))]
@@ -181,25 +188,32 @@ class CostModel:
         branches = self._branches(shares)
         return sum(self.devices[d].weight * self._expected_ns(d, branches) for d in self.askers)
 
-    def _branches(self, shares: Mapping[int, Share]) -> list[tuple[int, int, int]]:
-        """(site, time of the lots there if it is called, uses) of every branch."""
+    def _branches(self, shares: Mapping[int, Share]) -> list[Branch]:
+        """What every site has to do for one row if it is called."""
         whole = self.demand.used * PPM
         branches = []
         for site, (uses, bytes_used) in shares.items():
             step = min(SHARES, (uses * SHARES + whole // 2) // whole)
             lot_ns = bytes_used * 1000 // max(1, uses * self.tiers[site].mb_per_s)
-            branches.append((site, lot_ns * self._count[step] // PPM, uses))
+            mean, deviation, called = self._when_called[step]
+            branches.append((site, lot_ns * mean // PPM, lot_ns * deviation // PPM, uses, called))
         return branches
 
-    def _expected_ns(self, asker: int, branches: Sequence[tuple[int, int, int]]) -> int:
+    def _expected_ns(self, asker: int, branches: Sequence[Branch]) -> int:
         """Σ cost of a branch × P(it is called and no dearer one is)."""
         reach, void, scale = self._reach[asker], self._void, self._scale
         if len(branches) == 1:
-            site, busy, _ = branches[0]
+            site, busy, *_ = branches[0]
             return busy if self.sites[site][0] == asker else busy + reach[site]
-        called = sorted([(reach[site] + busy, uses) for site, busy, uses in branches])
+        costs = [reach[branch[0]] + branch[1] for branch in branches]
+        spread = _spread(costs, branches)
+        called = [
+            (cost + branch[2] * spread // 1000, branch[3])
+            for cost, branch in zip(costs, branches, strict=True)
+        ]
+        called.sort(reverse=True)
         total, before, above = 0, PPM, 0
-        for cost, uses in reversed(called):
+        for cost, uses in called:
             above += uses
             after = void[min(SHARES, above // scale)]
             total += cost * (before - after)
@@ -208,7 +222,7 @@ class CostModel:
 
     def branch_ns(self, asker: int, site: int, share: Share) -> int:
         """What one branch alone is expected to cost if it is called."""
-        ((_, busy, _),) = self._branches({site: share})
+        ((_, busy, *_),) = self._branches({site: share})
         return busy + self._reach[asker][site]
 
     def swarm_trunk_ns(self) -> int:
@@ -312,24 +326,42 @@ def kv_cache_bytes(demand: ModelDemand, context_tokens: int, requests: int) -> i
 _NEVER: Final = 1 << 62
 
 
+def _spread(costs: Sequence[int], branches: Sequence[Branch]) -> int:
+    """Thousandths of a standard deviation that branches count above their means.
+
+    It grows with the number of branches that may well be the slowest: those within two of the
+    largest deviations of the dearest one, each counted by how near it is and how often called.
+    """
+    width = 2 * max([branch[2] for branch in branches])
+    if width <= 0:
+        return 0
+    nearest = max(costs) - width
+    near = 0
+    for cost, branch in zip(costs, branches, strict=True):
+        if cost > nearest:
+            near += branch[4] * (cost - nearest) // width
+    return SPREADS_BY_EIGHTH[min(near * 8 // PPM, len(SPREADS_BY_EIGHTH) - 1)]
+
+
 @lru_cache(maxsize=64)
-def _tables(lots: int, used: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """For every step of the share s: void(s), and lots that a called branch runs; millionths."""
-    void, count = [], []
+def _tables(lots: int, used: int) -> tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]:
+    """For every step of the share s: void(s); and mean, standard deviation of the lots that a
+    called branch runs, and the probability that it is called. All in millionths."""
+    void, when_called = [], []
     for step in range(SHARES + 1):
         absent = PPM
         for i in range(used):
             left = (lots - i) * SHARES - step * lots
             absent = absent * max(0, left) // ((lots - i) * SHARES)
+        void.append(absent)
         mean = used * PPM * step // SHARES
-        variance = used * step * (SHARES - step) * PPM // SHARES**2  # × PPM
+        variance = used * step * (SHARES - step) * PPM // SHARES**2
         variance = variance * (lots - used) // max(1, lots - 1)
         called = PPM - absent
-        void.append(absent)
         if called <= 0:
-            count.append(PPM)
+            when_called.append((PPM, 0, 0))
             continue
         given = mean * PPM // called
-        square = (variance * PPM + mean * mean) * PPM // called - given * given  # × PPM²
-        count.append(given + SPREAD_PERCENT * isqrt(max(0, square)) // 100)
-    return tuple(void), tuple(count)
+        square = (variance * PPM + mean * mean) * PPM // called - given * given
+        when_called.append((given, isqrt(max(0, square)), called))
+    return tuple(void), tuple(when_called)

@@ -23,8 +23,12 @@ STEPS_MAX: Final = 400
 """Exchanges per start; the best of them come first."""
 LEAST_GAIN: Final = 20_000
 """An exchange that gains less than this part of the price ends the search."""
+SLICE_UNITS: Final = 16
+"""Units that the greedy start places in one slice."""
 STARTS_MAX: Final = 2
 """Starts that are worked on, the most promising ones."""
+LARGE_UNITS: Final = 256
+"""With more units, and no two layers alike, only the best start is: each costs a second."""
 GATHERED: Final = (0, 1, 2, 3, 4)
 """Quarters of a site's whole layers that a start gathers there."""
 
@@ -75,7 +79,9 @@ class Search:
         self._prices: dict[tuple[tuple[int, Share], ...], int] = {}
 
     def price(self, shares: Shares) -> int:
-        """The layer's price, remembered: many layers look alike."""
+        """The layer's price, remembered where many layers look alike."""
+        if not self.even:
+            return self.model.swarm_layer_ns(shares)
         key = tuple(sorted(shares.items()))
         found = self._prices.get(key)
         if found is None:
@@ -98,8 +104,8 @@ class Search:
         Every layer is complete and no site above its room; `found` stays None when no start fits.
         The greedy placement is among the starts, so the outcome is never worse than that.
         """
-        starts = [(self.total(placed), 0, placed) for placed in [self._greedy()] if placed]
-        yield
+        starts: list[tuple[int, int, Placed]] = []
+        yield from self._greedy(starts)
         plans: list[tuple[int, Plan]] = []
         even = self if self.even else Search(self.model.evened(), self.rooms)
         for plan in self._plans():
@@ -112,7 +118,8 @@ class Search:
             if placed is not None:
                 starts.append((self.total(placed), index, placed))
             yield
-        for _, _, placed in sorted(starts)[:STARTS_MAX]:
+        large = not self.even and sum(map(len, self.units)) > LARGE_UNITS
+        for _, _, placed in sorted(starts)[: 1 if large else STARTS_MAX]:
             yield from self._exchange(placed)
             total = self.total(placed)
             if self.found is None or total < self.found_ns:
@@ -131,8 +138,8 @@ class Search:
                     plans[(a, whole[a] * p // 4), (b, whole[b] * q // 4)] = None
         return list(plans)
 
-    def _greedy(self) -> Placed | None:
-        """The most used units first, each where it raises the price least."""
+    def _greedy(self, starts: list[tuple[int, int, Placed]]) -> Iterator[None]:
+        """The most used units first, each where it raises the price least; adds it if it fits."""
         layers = range(self.model.demand.layers)
         held: list[Shares] = [{} for _ in layers]
         placed = [[-1] * len(self.units[layer]) for layer in layers]
@@ -142,7 +149,9 @@ class Search:
             for layer in layers
             for index, unit in enumerate(self.units[layer])
         )
-        for _, layer, index in order:
+        for count, (_, layer, index) in enumerate(order):
+            if count % SLICE_UNITS == 0:
+                yield
             experts, share = self.units[layer][index]
             options = [
                 (self.price({**held[layer], site: _plus(held[layer].get(site), share)}), site)
@@ -150,12 +159,12 @@ class Search:
                 if room >= len(experts)
             ]
             if not options:
-                return None
+                return
             site = min(options)[1]
             held[layer][site] = _plus(held[layer].get(site), share)
             left[site] -= len(experts)
             placed[layer][index] = site
-        return placed
+        starts.append((self.total(placed), 0, placed))
 
     def _whole_price(self, site: int) -> int:
         return self.price(self.shares([site] * len(self.units[0]), 0))

@@ -68,8 +68,18 @@ def test_the_expected_layer_is_what_draws_give() -> None:
         if len(set(owners)) > 1:
             told = model.layer_ns(0, shares(model, owners))
             errors.append(abs(told / drawn_ns(model, owners, rng, 600) - 1))
-    assert mean(errors) < 0.04
-    assert quantiles(errors, n=20)[-1] < 0.13
+    assert mean(errors) < 0.035
+    assert quantiles(errors, n=20)[-1] < 0.1
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_the_busiest_of_equal_devices_has_more_than_its_share(count: int) -> None:
+    one = Link(0, 10**6)
+    model = CostModel(demand(128, 8), devices(*[4000] * count), lambda a, b: one)
+    owners = [expert % count for expert in range(128)]
+    told = model.layer_ns(0, shares(model, owners))
+    assert told > 1.15 * 8 / count * model.tiers[0].lot_ns(10**6)
+    assert told == pytest.approx(drawn_ns(model, owners, Random(count), 2000), rel=0.08)
 
 
 def test_a_layer_at_home_costs_its_weights_and_no_call() -> None:
