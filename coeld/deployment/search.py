@@ -77,6 +77,7 @@ class Search:
         self.found: Placed | None = None
         self.found_ns = 0
         self._prices: dict[tuple[tuple[int, Share], ...], int] = {}
+        self._rows: dict[object, list[int] | None] = {}
 
     def price(self, shares: Shares) -> int:
         """The layer's price, remembered where many layers look alike."""
@@ -109,15 +110,15 @@ class Search:
         plans: list[tuple[int, Plan]] = []
         even = self if self.even else Search(self.model.evened(), self.rooms)
         for plan in self._plans():
-            placed = even._gather(plan)
-            if placed is not None:
-                plans.append((even.total(placed), plan))
+            gathered: list[Placed] = []
+            for _ in even._gather(plan, gathered):
+                pass  # layers look alike: this is quick
+            plans += [(even.total(placed), plan) for placed in gathered]
             yield
         for index, (_, plan) in enumerate(sorted(plans)[:STARTS_MAX]):
-            placed = self._gather(plan)
-            if placed is not None:
-                starts.append((self.total(placed), index, placed))
-            yield
+            gathered = []
+            yield from self._gather(plan, gathered)
+            starts += [(self.total(placed), index, placed) for placed in gathered]
         large = not self.even and sum(map(len, self.units)) > LARGE_UNITS
         for _, _, placed in sorted(starts)[: 1 if large else STARTS_MAX]:
             yield from self._exchange(placed)
@@ -169,8 +170,9 @@ class Search:
     def _whole_price(self, site: int) -> int:
         return self.price(self.shares([site] * len(self.units[0]), 0))
 
-    def _gather(self, plan: Plan) -> Placed | None:
-        """(site, layers) gathered in that order, the other layers spread over what is left."""
+    def _gather(self, plan: Plan, found: list[Placed]) -> Iterator[None]:
+        """(site, layers) gathered in that order, the other layers spread over what is left; added
+        to `found` if it fits."""
         layers, rooms = self.model.demand.layers, list(self.rooms)
         placed: Placed = []
         for site, count in plan:
@@ -178,22 +180,34 @@ class Search:
                 placed.append([site] * len(self.units[len(placed)]))
                 rooms[site] -= self.model.demand.experts
         for layer in range(len(placed), layers):
+            yield
             row = self._spread(layer, rooms, layers - layer)
             if row is None:
-                return None
-            placed.append(row)
-        return placed
+                return
+            placed.append(list(row))
+        found.append(placed)
 
     def _spread(self, layer: int, rooms: list[int], left: int) -> list[int] | None:
         """Each unit to the site that is done first with it; rooms last for all layers left."""
         caps = [-(-room // left) for room in rooms]
-        rows = [self._fill(layer, caps, rooms, by_price) for by_price in (False, True)]
-        found = [(self.price(self.shares(row, layer)), row) for row in rows if row is not None]
-        if not found:
+        row = self._filled(layer, tuple(caps), rooms)
+        if row is None:
             return None
-        row = min(found)[1]
         for unit, site in zip(self.units[layer], row, strict=True):
             rooms[site] -= len(unit.experts)
+        return row
+
+    def _filled(self, layer: int, caps: tuple[int, ...], rooms: Sequence[int]) -> list[int] | None:
+        """The better of two ways to fill a layer, remembered where layers look alike."""
+        experts = self.model.demand.experts
+        key = (caps, tuple(min(room, experts) for room in rooms)) if self.even else None
+        if key in self._rows:
+            return self._rows[key]
+        rows = [self._fill(layer, caps, rooms, by_price) for by_price in (False, True)]
+        found = [(self.price(self.shares(row, layer)), row) for row in rows if row is not None]
+        row = min(found)[1] if found else None
+        if key is not None:
+            self._rows[key] = row
         return row
 
     def _fill(
