@@ -7,7 +7,7 @@ serving when the control plane is gone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
@@ -15,6 +15,14 @@ from coeld.ids import Lot, ModelHash, NodeId
 OWNERS_PER_LOT_MAX = 8
 LAYERS_MAX = 1024
 EXPERTS_PER_LAYER_MAX = 4096
+
+
+class Leg(NamedTuple):
+    """Layers first..stop-1 of a request in one go at one device: attention, KV cache, experts."""
+
+    node: NodeId
+    first: int
+    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,12 @@ class RouteTable:
     """host, port of the data path of every alive device with this model, owner or not: whoever is
     here may call."""
     missing_bytes: int = 0
+    legs: tuple[Leg, ...] = ()
+    """The way of the requests that this device decodes through all layers, in order, without gaps;
+    empty: every layer's attention here. Ways differ between devices; epochs do not tell them."""
+    spans: tuple[Leg, ...] = ()
+    """Legs that devices serve whole to whoever asks: layers in them may be compiled into one graph
+    there, and are then not called expert by expert."""
 
     def owners_of(self, lot: Lot) -> tuple[NodeId, ...]:
         return self.owners.get(lot, ())
@@ -45,6 +59,8 @@ class RouteTable:
             "owners": [[*lot, *nodes] for lot, nodes in sorted(self.owners.items())],
             "addresses": {node: list(address) for node, address in sorted(self.addresses.items())},
             "missing_bytes": self.missing_bytes,
+            "legs": [list(leg) for leg in self.legs],
+            "spans": [list(leg) for leg in self.spans],
         }
 
     @staticmethod
@@ -62,6 +78,12 @@ class RouteTable:
                     NodeId(str(n)): (str(a[0]), int(a[1])) for n, a in value["addresses"].items()
                 },
                 missing_bytes=int(value["missing_bytes"]),
+                legs=_legs(value["legs"]),
+                spans=_legs(value["spans"]),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as exc:
             raise FrameError(f"malformed route table: {exc!r}") from exc
+
+
+def _legs(rows: Any) -> tuple[Leg, ...]:
+    return tuple(Leg(NodeId(str(node)), int(first), int(stop)) for node, first, stop in rows)
