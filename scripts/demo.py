@@ -43,7 +43,7 @@ class Device:
     number: int
     folder: Path
     process: subprocess.Popen[bytes] | None = None
-    commands: list[str] = field(default_factory=list)
+    model: str = MODEL
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ budget_mb = {budget_mb}
 [engine]
 threads = {threads}
 [model]
-name = "{MODEL}"
+name = "{self.model}"
 [api]
 socket = "{self.socket}"
 [network]
@@ -244,9 +244,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def budget_mb(count: int) -> int:
+def budget_mb(count: int, model: str = MODEL) -> int:
     """Whole megabytes with which all devices but one hold the model, and one alone does not."""
-    manifest = Store(Path(os.environ["COELD_STORE"])).manifest(MODEL)
+    manifest = Store(Path(os.environ["COELD_STORE"])).manifest(model)
     layers = manifest.shape.layers
     share = layers * 3 // 5 if count == 2 else math.ceil(layers / (count - 1))
     layer_bytes = manifest.shape.experts * manifest.demand().lot_bytes
