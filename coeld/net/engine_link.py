@@ -10,6 +10,7 @@ doubles while engines keep dying young.
 import asyncio
 import itertools
 import logging
+import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -52,6 +53,8 @@ RESTART_S: Final = (0.2, 10.0)
 YOUNG_S: Final = 30.0
 """An engine that dies younger than this doubles the pause."""
 STATS_S: Final = 0.5
+KILLED: Final = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit statuses of an engine that did not end by itself."""
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +207,9 @@ class EngineLink:
         process = await EngineProcess.start(self._options, self._command)
         why = "it did not start"
         try:
-            await self._expect_ready(process)
+            if not await self._expect_ready(process):
+                why = "it was killed while starting"
+                return
             self._process, why = process, "it was told to stop"
             async with asyncio.TaskGroup() as group:
                 watcher = group.create_task(self._watch_store(), name="engine-store-watcher")
@@ -243,7 +248,11 @@ class EngineLink:
         if was_started:
             self._emit(EngineStopped())
 
-    async def _expect_ready(self, process: EngineProcess) -> None:
+    async def _expect_ready(self, process: EngineProcess) -> bool:
+        """False when somebody killed it (out of memory, a person): another one may start.
+
+        Raises StartError when it cannot start.
+        """
         try:
             event = await asyncio.wait_for(process.receive(), READY_S)
         except TimeoutError:
@@ -252,11 +261,14 @@ class EngineLink:
                 "say why."
             ) from None
         if event is None:
+            if await process.stop() in KILLED:
+                return False
             raise StartError("the engine ended while starting. Its messages, above, say why.")
         if event.get("ev") != "ready":
             raise StartError(str(event.get("message", event)))
         self._address = (str(event["data_host"]), int(event["data_port"]))
         self.kernel_mb_per_s = int(event["kernel_mb_per_s"])
+        return True
 
     def _handle(self, event: dict[str, Any]) -> None:
         """One message. Raises FrameError when a field is missing or of the wrong type."""

@@ -8,7 +8,7 @@ whose agent or engine is killed, nobody else's.
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Final
 
@@ -48,8 +48,9 @@ class Disaster:
         return f"{self.at_s:.2f} to {self.end_s:.2f} s: {' '.join((self.kind, whom)).strip()}"
 
 
-def schedule(rng: Random, names: Sequence[str]) -> list[Disaster]:
-    """One to three disasters, one after the other but for the loss of packets, by their times."""
+def schedule(rng: Random, names: Sequence[str], pace: float = 1.0) -> list[Disaster]:
+    """One to three disasters, one after the other but for the loss of packets, by their times,
+    all of which are multiplied by `pace`."""
     found: list[Disaster] = []
     at_s = rng.uniform(0.0, 0.5)
     for _ in range(rng.choice((1, 1, 2, 3))):
@@ -59,7 +60,8 @@ def schedule(rng: Random, names: Sequence[str]) -> list[Disaster]:
         at_s = found[-1].end_s + rng.choice((0.0, rng.uniform(0.0, 2.0)))
     if rng.random() < 0.25:
         found.append(Disaster("loss", names[0], names[1], rng.uniform(0, at_s), 2.0))
-    return sorted(found, key=lambda disaster: disaster.at_s)
+    paced = [replace(d, at_s=d.at_s * pace, lasts_s=d.lasts_s * pace) for d in found]
+    return sorted(paced, key=lambda disaster: disaster.at_s)
 
 
 class Havoc:

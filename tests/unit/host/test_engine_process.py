@@ -113,3 +113,17 @@ def test_a_first_engine_that_cannot_start_is_a_start_error(code: str, says: str)
     (error,) = caught.value.exceptions
     assert isinstance(error, StartError)
     assert says in str(error)
+
+
+def test_a_first_engine_that_was_killed_is_followed_by_another() -> None:
+    async def scenario() -> int:
+        code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+        link = EngineLink(OPTIONS, "", lambda _event: None, command(code))
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            running = group.create_task(link.run())
+            while link.restarts < 2:  # noqa: ASYNC110 - a counter, it tells nobody
+                await asyncio.sleep(0.01)
+            running.cancel()
+        return link.restarts
+
+    assert asyncio.run(scenario()) == 2
