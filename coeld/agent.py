@@ -177,7 +177,7 @@ class Agent:
         self._inbox.put_nowait(event)
 
     def _resources(self) -> ResourcesSampled:
-        return ResourcesSampled(self._sensors.sample(self._engine.kernel_mb_per_s))
+        return ResourcesSampled(self._sensors.sample(*self._engine.speeds))
 
     async def _drive_node(self) -> None:
         while True:
@@ -266,6 +266,7 @@ class Agent:
                 "trouble": self._engine.trouble,
                 "restarts": self._engine.restarts,
                 "context_tokens": self._engine.context_tokens,
+                "kernels": self._engine.kernels.table() if self._engine.kernels else {},
                 "stats": await self._engine.stats(),
             },
             "weights": self._weights.status(),
@@ -323,6 +324,7 @@ class Agent:
             requests_max=engine.requests_max,
             call_deadline_ms=engine.call_deadline_ms,
             patience_s=engine.patience_s,
+            calibration=self._where.state_dir / "calibration.json",
         )
 
 

@@ -92,6 +92,10 @@ class Record:
     blob_host: str = ""
     blob_port: int = 0
     """Where it serves the weights it has on disk; 0: nowhere."""
+    row_mb_per_s: int = 0
+    """0: unknown. See coeld.view.Resources."""
+    sparing: bool = False
+    """It runs on a low battery: it takes what nobody else can."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -272,6 +276,10 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "routes": record.fingerprint,
     }
+    if record.row_mb_per_s:
+        value["rows"] = record.row_mb_per_s
+    if record.sparing:
+        value["sparing"] = 1
     if record.blob_port:
         value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
@@ -307,6 +315,8 @@ def _record(value: Any) -> Record:
         memory_budget_bytes=_int(value.get("budget"), "budget", COUNTER_MAX),
         cpu_load_percent=_int(value.get("load"), "load", 100),
         kernel_mb_per_s=_int(value.get("speed"), "speed", COUNTER_MAX),
+        row_mb_per_s=_int(value.get("rows", 0), "rows", COUNTER_MAX),
+        sparing=bool(_int(value.get("sparing", 0), "sparing", 1)),
         model=model,
         data_host=data[0],
         data_port=data[1],

@@ -251,7 +251,7 @@ class Node:
             self._bids.__getitem__,
             rivals,
             claimable(self._capacity(), rooms, demand),
-            self.config.replicas_max,
+            1 if self.perception.me.sparing else self.config.replicas_max,
             self._barred,
         )
 
@@ -333,6 +333,8 @@ class Node:
             memory_budget_bytes=resources.memory_budget_bytes,
             cpu_load_percent=resources.cpu_load_percent,
             kernel_mb_per_s=resources.kernel_mb_per_s,
+            row_mb_per_s=resources.row_mb_per_s,
+            sparing=resources.sparing,
         )
 
     def _check_budget(self) -> None:

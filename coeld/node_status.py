@@ -53,6 +53,8 @@ def _member(
         "data_port": known.data_port,
         "memory_budget_bytes": known.memory_budget_bytes,
         "kernel_mb_per_s": known.kernel_mb_per_s,
+        "row_mb_per_s": known.row_mb_per_s,
+        "sparing": known.sparing,
         "cpu_load_percent": known.cpu_load_percent,
         "serving": len(known.serving) if here else 0,
         "claimed": len(known.claims) if here else 0,

@@ -19,6 +19,10 @@ class Resources:
     """0..100, over all cores, smoothed by whoever samples it."""
     kernel_mb_per_s: int
     """Weight bytes per second that this device's own int8 kernels read in decode, in MB/s."""
+    row_mb_per_s: int = 0
+    """Weight bytes × rows per microsecond of the same kernels with many rows; 0: unknown."""
+    sparing: bool = False
+    """It runs on a battery that is low."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,13 @@ CONSIDERED_MAX: Final = 64
 """Devices in a proposal."""
 ENOUGH: Final = 2
 """Times the model's lots: room beyond this is not considered."""
+SPARING: Final = 16
+"""How much slower a device on a low battery counts: it takes what nobody else can."""
 
 
 def facts_of(demand: ModelDemand, records: Iterable[Record], split: bool = False) -> Facts:
     """The facts behind a proposal, from the records of the devices that have the model open."""
-    ranked = sorted(records, key=lambda r: (-r.kernel_mb_per_s, -tie(r.origin, 0), r.origin))
+    ranked = sorted(records, key=lambda r: (-_speeds(r)[0], -tie(r.origin, 0), r.origin))
     wanted, rooms = ENOUGH * demand.layers * demand.experts, 0
     chosen: list[Record] = []
     for record in ranked[:CONSIDERED_MAX]:
@@ -37,4 +39,10 @@ def facts_of(demand: ModelDemand, records: Iterable[Record], split: bool = False
 
 def _device(record: Record, demand: ModelDemand) -> Device:
     room_bytes = capacity(record.memory_budget_bytes, demand) * demand.lot_bytes
-    return Device(record.origin, (Tier("ram", room_bytes, record.kernel_mb_per_s),))
+    return Device(record.origin, (Tier("ram", room_bytes, *_speeds(record)),))
+
+
+def _speeds(record: Record) -> tuple[int, int]:
+    """In decode, and with many rows (0: unknown), at the price of a device's energy."""
+    price = SPARING if record.sparing else 1
+    return record.kernel_mb_per_s // price, record.row_mb_per_s // price

@@ -17,7 +17,7 @@ from typing import Any, Final
 from coeld.datapath.dispatch import not_covered
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
-from coeld.engine.calibrate import kernel_mb_per_s
+from coeld.engine.calibrate import calibrate
 from coeld.engine.fitting import Change
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
@@ -63,7 +63,7 @@ class Engine:
             "ready",
             data_host=self._server.host,
             data_port=self._server.port,
-            kernel_mb_per_s=kernel_mb_per_s(),
+            kernels=calibrate(self._options.calibration, self._options.threads).to_json(),
         )
         for message in self._link.messages():
             if message.get("op") == "quit":

@@ -16,7 +16,7 @@ Agent to engine (`op`):
     quit        {}
 
 Engine to agent (`ev`):
-    ready       {data_host, data_port, kernel_mb_per_s}       first thing after start
+    ready       {data_host, data_port, kernels: Kernels.to_json()}   first thing after start
     opened      {model: name, context_tokens, trunk_bytes, hash}
     failed      {model, type, message}                        could not open it
     loaded      {lots}          dropped {lots}
@@ -66,6 +66,8 @@ class EngineOptions:
     requests_max: int
     call_deadline_ms: int
     patience_s: float
+    calibration: Path
+    """The file where speeds that were measured are remembered."""
 
     def arguments(self, fd: int) -> list[str]:
         """The command line; `fd` is the engine's end of the socket pair."""

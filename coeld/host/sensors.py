@@ -105,8 +105,8 @@ class Sensors:
         self.budget_is_measured = budget_mb == 0
         self._load_percent = psutil.cpu_percent()
 
-    def sample(self, kernel_mb_per_s: int) -> Resources:
-        """One measurement; `kernel_mb_per_s` is what the engine measured of itself."""
+    def sample(self, kernel_mb_per_s: int, row_mb_per_s: int) -> Resources:
+        """One measurement; the speeds are what the engine measured of itself."""
         now = psutil.cpu_percent()
         self._load_percent += LOAD_SMOOTHING * (now - self._load_percent)
         return Resources(
@@ -114,6 +114,7 @@ class Sensors:
             memory_available_bytes=read_memory().available_bytes,
             cpu_load_percent=min(100, max(0, round(self._load_percent))),
             kernel_mb_per_s=kernel_mb_per_s,
+            row_mb_per_s=row_mb_per_s,
         )
 
     def own_rss_bytes(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+from coeld.engine.kernels import Kernels
 from coeld.engine.protocol import ENGINE_COMMAND, EngineOptions, error_from_json
 from coeld.errors import (
     CoeldError,
@@ -118,7 +119,8 @@ class EngineLink:
         self._stats_changed = asyncio.Event()
         self._try_open_at = 0.0
         self._complaint = ""
-        self.kernel_mb_per_s = 0
+        self.kernels: Kernels | None = None
+        """How fast it computes, measured by the first engine; None: none got ready yet."""
         self.model: ModelDemand | None = None
         """What is open; None while nothing is."""
         self.context_tokens = 0
@@ -127,6 +129,13 @@ class EngineLink:
         self._passing = True
         """Whether the trouble ends without anybody doing anything."""
         self.restarts = 0
+
+    @property
+    def speeds(self) -> tuple[int, int]:
+        """MB/s in decode, and weight bytes × rows per microsecond, of the open model's kernels."""
+        if self.kernels is None:
+            return 0, 0
+        return self.kernels.speeds(routed=self.model is not None and self.model.top_k > 0)
 
     @property
     def pid(self) -> int | None:
@@ -267,7 +276,7 @@ class EngineLink:
         if event.get("ev") != "ready":
             raise StartError(str(event.get("message", event)))
         self._address = (str(event["data_host"]), int(event["data_port"]))
-        self.kernel_mb_per_s = int(event["kernel_mb_per_s"])
+        self.kernels = Kernels.from_json(event.get("kernels"))
         return True
 
     def _handle(self, event: dict[str, Any]) -> None:

@@ -51,7 +51,15 @@ def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
 
 def market(record: Record) -> tuple[object, ...]:
     """What the auction looks at."""
-    return record.incarnation, record.model, record.claims, record.memory_budget_bytes
+    return (
+        record.incarnation,
+        record.model,
+        record.claims,
+        record.memory_budget_bytes,
+        record.kernel_mb_per_s,
+        record.row_mb_per_s,
+        record.sparing,
+    )
 
 
 def supply(record: Record) -> tuple[object, ...]:

@@ -18,9 +18,9 @@ SPEED_STEP = 1.5
 SPEED_BAND = 1.1  # steps: half a step is rounding, the rest is wider than noise of ±10 %
 
 
-def stepped_speed(kernel_mb_per_s: int) -> int:
-    """The nearest power of SPEED_STEP, in MB/s."""
-    return round(SPEED_STEP ** round(math.log(max(1, kernel_mb_per_s), SPEED_STEP)))
+def stepped_speed(mb_per_s: int) -> int:
+    """The nearest power of SPEED_STEP, in MB/s; 0 stays 0, which is "unknown"."""
+    return 0 if mb_per_s == 0 else round(SPEED_STEP ** round(math.log(mb_per_s, SPEED_STEP)))
 
 
 class Told:
@@ -30,33 +30,35 @@ class Told:
         self.resources: Resources | None = None
 
     def sample(self, fresh: Resources) -> bool:
-        """Note a measurement; True if it matters, and then `resources` is new."""
+        """Note a measurement; True if it matters, and then `resources` is new.
+
+        Each quantity keeps what was told of it unless it left its own band: else one quantity's
+        news would carry the noise of the others.
+        """
         told = self.resources
-        if told is not None and not _matters(told, fresh):
-            return False
-        speed = stepped_speed(fresh.kernel_mb_per_s)
-        if told is not None and not _speed_moved(told, fresh):
-            speed = told.kernel_mb_per_s
         budget = fresh.memory_budget_bytes
-        if told is not None and not _budget_moved(told, fresh):
-            budget = told.memory_budget_bytes  # else another quantity's news would carry its noise
-        self.resources = replace(fresh, kernel_mb_per_s=speed, memory_budget_bytes=budget)
+        speeds = fresh.kernel_mb_per_s, fresh.row_mb_per_s
+        if told is None:
+            kernel, row = map(stepped_speed, speeds)
+        else:
+            if not _budget_moved(told.memory_budget_bytes, budget):
+                budget = told.memory_budget_bytes
+            kernel, row = map(_speed, (told.kernel_mb_per_s, told.row_mb_per_s), speeds)
+            before = (told.memory_budget_bytes, told.kernel_mb_per_s, told.row_mb_per_s)
+            busy = abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
+            if (budget, kernel, row) == before and not busy and fresh.sparing == told.sparing:
+                return False
+        self.resources = replace(
+            fresh, memory_budget_bytes=budget, kernel_mb_per_s=kernel, row_mb_per_s=row
+        )
         return True
 
 
-def _speed_moved(told: Resources, fresh: Resources) -> bool:
-    ratio = max(1, fresh.kernel_mb_per_s) / max(1, told.kernel_mb_per_s)
-    return abs(math.log(ratio, SPEED_STEP)) > SPEED_BAND
+def _speed(told: int, fresh: int) -> int:
+    """What to tell of a speed: what was told, unless it is out of the band around that."""
+    ratio = max(1, fresh) / max(1, told)
+    return stepped_speed(fresh) if abs(math.log(ratio, SPEED_STEP)) > SPEED_BAND else told
 
 
-def _budget_moved(told: Resources, fresh: Resources) -> bool:
-    before, budget = told.memory_budget_bytes, fresh.memory_budget_bytes
+def _budget_moved(before: int, budget: int) -> bool:
     return budget < before * (1 - BUDGET_SHRINK) or budget > before * (1 + BUDGET_GROWTH)
-
-
-def _matters(told: Resources, fresh: Resources) -> bool:
-    return (
-        _budget_moved(told, fresh)
-        or abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
-        or _speed_moved(told, fresh)
-    )

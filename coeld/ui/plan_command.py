@@ -121,7 +121,7 @@ def swarm_machines(status: dict[str, Any]) -> "tuple[Machine, ...]":
             profile="this kind",
             budget_bytes=member["memory_budget_bytes"],
             kernel_mb_per_s=max(1, member["kernel_mb_per_s"]),
-            row_mb_per_s=8 * max(1, member["kernel_mb_per_s"]),
+            row_mb_per_s=member.get("row_mb_per_s") or 8 * max(1, member["kernel_mb_per_s"]),
             link="ethernet",
             asks=True,
             measured=True,

@@ -13,9 +13,12 @@ import socket
 import sys
 import time
 
+from coeld.engine.kernels import KINDS, Kernels, Timing
 from coeld.engine.protocol import EngineOptions, decode, encode, error_to_json
 from coeld.errors import CoeldError
 from coeld.model.store import Store
+
+KERNELS = Kernels({kind: (Timing(1, 1000, 1_000_000, 1_000_000),) for kind in KINDS}).to_json()
 
 
 class FakeEngine:
@@ -34,7 +37,7 @@ class FakeEngine:
 
     def run(self) -> None:
         host, port = self.listener.getsockname()[:2]
-        self.say("ready", data_host=host, data_port=port, kernel_mb_per_s=1000)
+        self.say("ready", data_host=host, data_port=port, kernels=KERNELS)
         while True:
             readable, _, _ = select.select([self.sock], [], [], 0.001 if self.requests else None)
             if readable:

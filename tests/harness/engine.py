@@ -1,9 +1,11 @@
 """Drives a real engine process from the agent's end of the socket pair."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from coeld.model.manifest import Manifest
 from coeld.routes import RouteTable
 
 NODE = "a" * 16
+CALIBRATION = Path(tempfile.gettempdir()) / f"coeld-tests-{os.getuid()}.json"
+"""Shared by all tests, so that the machine is measured once."""
 
 
 class Engine:
@@ -25,6 +29,7 @@ class Engine:
                 "fd": theirs.fileno(), "store-dir": store, "node": node, "swarm": "s",
                 "host": "127.0.0.1", "port": port, "threads": 1, "context-tokens": context,
                 "requests-max": 2, "call-deadline-ms": 500, "patience-s": 0.5,
+                "calibration": CALIBRATION,
             }  # fmt: skip
             command = [sys.executable, "-m", "coeld.engine"]
             command += [word for k, v in arguments.items() for word in (f"--{k}", str(v))]

@@ -17,7 +17,7 @@ PREAMBLE = """
 import signal, socket, sys, time
 sock = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
 """
-READY = b'{"ev":"ready","data_host":"h","data_port":1,"kernel_mb_per_s":1}\n'
+READY = b'{"ev":"ready","data_host":"h","data_port":1,"kernels":{}}\n'
 
 
 OPTIONS = EngineOptions(
@@ -31,6 +31,7 @@ OPTIONS = EngineOptions(
     requests_max=1,
     call_deadline_ms=100,
     patience_s=1.5,
+    calibration=Path("/nonexistent"),
 )
 
 
@@ -52,7 +53,7 @@ def test_an_engine_that_does_not_want_to_stop_is_killed_in_time() -> None:
             "ev": "ready",
             "data_host": "h",
             "data_port": 1,
-            "kernel_mb_per_s": 1,
+            "kernels": {},
         }
         nice = os.getpriority(os.PRIO_PROCESS, process.pid)
         assert nice == min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)

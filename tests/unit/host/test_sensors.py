@@ -47,6 +47,6 @@ def test_a_configured_budget_is_taken_and_a_measured_one_stays_below_what_is_the
     measured = Sensors(0)
     assert measured.budget_is_measured
     assert 0 < measured.budget_bytes < read_memory().total_bytes
-    sample = measured.sample(1234)
-    assert sample.kernel_mb_per_s == 1234
+    sample = measured.sample(1234, 5678)
+    assert (sample.kernel_mb_per_s, sample.row_mb_per_s) == (1234, 5678)
     assert 0 <= sample.cpu_load_percent <= 100

@@ -73,6 +73,8 @@ records = st.builds(
     memory_budget_bytes=counters,
     cpu_load_percent=st.integers(0, 100),
     kernel_mb_per_s=counters,
+    row_mb_per_s=counters,
+    sparing=st.booleans(),
     model=st.sampled_from([MODEL, ModelHash("00" * 32)]),
     claims=claims,
     serving=st.lists(lots, max_size=6, unique=True).map(lambda found: tuple(sorted(found))),

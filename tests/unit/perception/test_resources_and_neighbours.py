@@ -1,12 +1,13 @@
 """What is worth telling, and whom to listen to."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
 from coeld.ids import NodeId
 from coeld.perception.neighbours import Rings, positions
-from coeld.perception.resources import Told
+from coeld.perception.resources import Told, stepped_speed
 from coeld.view import Resources
 
 
@@ -40,6 +41,19 @@ def test_a_halved_budget_a_busy_cpu_and_a_throttled_kernel_are_told() -> None:
     assert told.sample(Resources(500, 1000, 90, 4000))
     assert told.sample(Resources(500, 1000, 90, 1500))
     assert not told.sample(Resources(500, 1000, 90, 1500))
+
+
+def test_a_low_battery_and_arithmetic_that_slows_down_are_told_alone() -> None:
+    told = Told()
+    base = Resources(1000, 1000, 10, 4000, 40_000)
+    assert told.sample(base)
+    assert not told.sample(replace(base, row_mb_per_s=44_000))
+    assert told.sample(replace(base, row_mb_per_s=16_000))
+    assert told.resources is not None
+    speeds = told.resources.kernel_mb_per_s, told.resources.row_mb_per_s
+    assert speeds == (stepped_speed(4000), stepped_speed(16_000))
+    assert told.sample(replace(base, row_mb_per_s=16_000, sparing=True))
+    assert told.resources.sparing
 
 
 def test_almost_equal_devices_tell_equal_speeds() -> None:
