@@ -17,9 +17,9 @@ from typing import Final, Literal
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
 
-SPAN_LAYERS_MAX: Final = 8
-"""Layers in one graph. Longer spans save a call (about 0.5 % of a token of moe1b); shorter ones
-bound the memory that changing the plan takes."""
+SPAN_LAYERS_MAX: Final = 4
+"""Layers in one graph. Longer spans save calls, which cannot be told from noise; shorter ones bound
+the memory that changing the plan takes, and compile better side by side."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,12 +66,15 @@ class ExpertSet:
             added = frozenset(lots) - self._held
             held = self._held | added
 
-            def checked(layer: int) -> Resident | None:
-                self._verify(layer, added)
+            def check(layer: int) -> None:
+                self._verify([layer], added)
+
+            def built(layer: int) -> Resident | None:
                 return None if layer in self._fused else self._built(layer, held)
 
             layers = sorted({lot.layer for lot in added})
-            for layer, resident in zip(layers, side_by_side(checked, layers), strict=True):
+            residents = side_by_side(check, built, layers)
+            for layer, resident in zip(layers, residents, strict=True):
                 if resident is not None:
                     self._swap(layer, resident)
             self._held = held
@@ -88,16 +91,16 @@ class ExpertSet:
     def hold_fused(self, lots: Iterable[Lot]) -> None:
         """Hold lots that the trunk's spans are about to contain: no sessions of their own.
 
-        `verify_layer` is to be called before a span is built.
+        `verify_layers` is to be called before a span is built.
         """
         with self._change:
             held = frozenset(lots)
             self._fused |= {lot.layer for lot in held}
             self._held |= held
 
-    def verify_layer(self, layer: int) -> None:
-        """Read the layer's held blobs. Raises BadChecksum if one is missing or damaged."""
-        self._verify(layer, self._held)
+    def verify_layers(self, layers: Iterable[int]) -> None:
+        """Read the layers' held blobs. Raises BadChecksum if one is missing or damaged."""
+        self._verify(layers, self._held)
 
     def fuse(self, layers: Collection[int]) -> None:
         """Give up the sessions of these layers: the spans contain their experts now."""
@@ -135,9 +138,10 @@ class ExpertSet:
         result: NDArray[np.float32] = resident.session.ort.run(("y",), {"x": x, "gates": gates})[0]
         return result
 
-    def _verify(self, layer: int, lots: frozenset[Lot]) -> None:
-        refs = self._manifest.experts[layer]
-        self._store.verify(refs[lot.expert] for lot in sorted(lots) if lot.layer == layer)
+    def _verify(self, layers: Iterable[int], lots: frozenset[Lot]) -> None:
+        some = frozenset(layers)
+        chosen = sorted(lot for lot in lots if lot.layer in some)
+        self._store.verify([self._manifest.experts[lot.layer][lot.expert] for lot in chosen])
 
     def _built(self, layer: int, held: frozenset[Lot]) -> Resident | None:
         """The layer with its held experts, None if there are none."""

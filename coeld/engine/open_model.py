@@ -75,8 +75,7 @@ class OpenModel:
         self._refit(self._verify)
 
     def _verify(self, span: Span) -> None:
-        for layer in span.fused():
-            self.experts.verify_layer(layer)
+        self.experts.verify_layers(span.fused())
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
         """Check that the request fits the context and set its length.

@@ -1,6 +1,7 @@
 """ONNX Runtime: one thread pool per process, sessions over weights of the store.
 
-Mapped weights are handed over where they lie. What has to be joined by a copy reaches ONNX Runtime
+Mapped weights are handed over where they lie, what only repacking kernels read without even the
+copy that ONNX Runtime makes of other tensors first. What has to be joined by a copy reaches it
 as external data in a file in memory (tmpfs), which it maps, repacks and lets go; the file's name
 is removed as soon as the session exists.
 """
@@ -8,7 +9,7 @@ is removed as soon as the session exists.
 import ctypes
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from coeld.engine.graph import Graph
-from coeld.engine.weights import Array, Mapped, Stored, Weight, giving_back
+from coeld.engine.weights import Mapped, Stored, Weight, giving_back
 
 INLINE_BYTES_MAX: Final = 1024
 """Smaller initialisers travel inside the graph: external data must be worth a mapping."""
@@ -36,6 +37,9 @@ Left to itself glibc raises it up to 32 MB, and repacking then leaves holes behi
 a load of moe1b."""
 
 M_MMAP_THRESHOLD: Final = -3
+REPACKING: Final = ("MatMulNBits", "QMoE")
+"""Kernels that read a weight once, to repack it. No optimiser of graphs looks at their weights."""
+
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1))
 IR_VERSION: Final = 10
@@ -44,7 +48,7 @@ IR_VERSION: Final = 10
 class Session:
     """A compiled graph, and the mapped weights that its kernels may still read."""
 
-    def __init__(self, ort_session: ort.InferenceSession, weights: list[Mapped | Array]) -> None:
+    def __init__(self, ort_session: ort.InferenceSession, weights: Sequence[object]) -> None:
         self.ort = ort_session
         self._weights = weights
 
@@ -88,21 +92,34 @@ def make_session(graph: Graph) -> Session:
             mapped[name] = whole
         else:
             copied[name] = weight
-    with _packed(copied) as (folder, initialisers):
+    with _packed(copied) as (file, initialisers):
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder)
+            "session.model_external_initializers_file_folder_path", str(file.parent)
         )
-        arrays = {name: whole.array for name, whole in mapped.items()}
-        initialisers += [_external(name, array, "mapped", 0) for name, array in arrays.items()]
-        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays.values()]
-        options.add_external_initializers(list(arrays), values)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(w.array) for name, w in mapped.items()}
+        for name, whole in mapped.items():  # the file has to exist; it is not looked into
+            initialisers.append(_external(name, whole.array, file.name, 0))
+        repacked = values.keys() & _repacked(graph)
+        for name in repacked:
+            options.add_initializer(name, values[name])
+        others = values.keys() - repacked
+        options.add_external_initializers(list(others), [values[name] for name in others])
         proto = helper.make_graph(graph.nodes, "coeld", graph.inputs, graph.outputs, initialisers)
         model = helper.make_model(proto, opset_imports=OPSETS, ir_version=IR_VERSION)
         with giving_back(list(mapped.values())):
             session = ort.InferenceSession(
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
-    return Session(session, list(mapped.values()))
+    return Session(session, [mapped, values])
+
+
+def _repacked(graph: Graph) -> set[str]:
+    """Weights that only repacking kernels read."""
+    readers: dict[str, set[str]] = {}
+    for node in graph.nodes:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    return {name for name in graph.weights if readers.get(name, set()).issubset(REPACKING)}
 
 
 def give_memory_back() -> None:
@@ -129,7 +146,7 @@ def _packed(weights: Mapping[str, Weight]) -> Iterator[tuple[Path, list[TensorPr
                 file.write(bytes(-file.tell() % 64))
                 tensors.append(_external(tensor, array, path.name, file.tell()))
                 file.write(array.data)
-        yield folder, tensors
+        yield path, tensors
     finally:
         path.unlink(missing_ok=True)
 

@@ -1,27 +1,53 @@
-"""Loading on more than one core: reading, checking and compiling of several layers side by side.
+"""Loading on more than one core: reading and checking in order, compiling side by side behind it.
 
-ONNX Runtime compiles a graph on one core, most of it page faults and repacking, and sha256 runs on
-one too. Two at a time keep two cores and the disk busy; more would need more memory at once.
+One thread reads and hashes everything in order, so the disk is read in one go and never waits for
+a compiler. ONNX Runtime compiles a graph on one core, most of it page faults and repacking; two at
+a time keep two cores busy, and more would need more memory at once.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 AT_ONCE: Final = 2
-"""Pieces of work under way."""
+"""Items that are worked on."""
+AHEAD: Final = 3
+"""Items that are checked and not done: what was read should still be in the page cache."""
 
 
-def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """work(item) of every item, in order. What `work` raises is raised in its turn, and no further
-    item is begun then."""
-    with ThreadPoolExecutor(AT_ONCE, "engine.loading") as pool:
-        pending = [pool.submit(work, item) for item in items]
+def side_by_side(
+    check: Callable[[Item], None], work: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    """check(item) of every item, one after the other, and work(item) of those checked; the results
+    in order. What either raises is raised in its turn, and no further item is begun then."""
+    room, stopped = threading.Semaphore(AHEAD), threading.Event()
+
+    def checked(item: Item) -> None:
+        room.acquire()
+        if not stopped.is_set():
+            check(item)
+
+    def done(item: Item, ready: Future[None]) -> Result:
+        ready.result()
+        try:
+            return work(item)
+        finally:
+            room.release()
+
+    with (
+        ThreadPoolExecutor(1, "engine.reading") as reader,
+        ThreadPoolExecutor(AT_ONCE, "engine.loading") as pool,
+    ):
+        pending = [pool.submit(done, item, reader.submit(checked, item)) for item in items]
         try:
             for future in pending:
                 yield future.result()
         finally:
+            stopped.set()
+            room.release(len(pending) + 1)
+            reader.shutdown(wait=True, cancel_futures=True)
             pool.shutdown(wait=True, cancel_futures=True)

@@ -71,14 +71,13 @@ class Trunk:
         """
 
         def built(span: Span) -> Session:
-            if check is not None:
-                check(span)
             return make_session(span_graph(self.manifest, self._store, span))
 
         ready = dict(self._sessions)
         spans = [step for step in steps if isinstance(step, Span)]
         new = [span for span in spans if span not in ready]
-        ready.update(zip(new, side_by_side(built, new), strict=True))
+        sessions = side_by_side(check or (lambda _span: None), built, new)
+        ready.update(zip(new, sessions, strict=True))
         return {span: ready[span] for span in spans}
 
     def adopt(self, steps: Sequence[Step], sessions: Mapping[Span, Session]) -> list[Session]:

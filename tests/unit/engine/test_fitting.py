@@ -9,7 +9,7 @@ import pytest
 from coeld.datapath.request import Request
 from coeld.engine.measure import ME, NoPeers, Silent
 from coeld.engine.open_model import OpenModel
-from coeld.engine.side_by_side import side_by_side
+from coeld.engine.side_by_side import AHEAD, side_by_side
 from coeld.ids import Lot, NodeId
 from coeld.model.store import Store
 from coeld.routes import RouteTable
@@ -130,9 +130,10 @@ def test_the_decoder_frees_nothing_when_it_adopts(model) -> None:
 
 
 def test_work_side_by_side_comes_back_in_order_and_fails_in_its_turn() -> None:
-    gate = Gate()
+    gate, checked = Gate(), []
 
     def work(item: int) -> int:
+        assert item in checked
         if item == 0:
             gate()  # finishes after item 1, which runs beside it
         elif item == 1:
@@ -141,7 +142,38 @@ def test_work_side_by_side_comes_back_in_order_and_fails_in_its_turn() -> None:
             raise ValueError("three")
         return item * item
 
-    values = side_by_side(work, range(1000))
+    values = side_by_side(checked.append, work, range(1000))
     assert [next(values) for _ in range(3)] == [0, 1, 4]
     with pytest.raises(ValueError, match="three"):
         next(values)
+    assert checked == list(range(len(checked)))
+
+
+def test_what_fails_its_check_is_not_worked_on() -> None:
+    worked: list[int] = []
+
+    def check(item: int) -> None:
+        if item == 2:
+            raise ValueError("two")
+
+    values = side_by_side(check, worked.append, range(1000))
+    assert [next(values) for _ in range(2)] == [None, None]
+    with pytest.raises(ValueError, match="two"):
+        next(values)
+    assert 2 not in worked
+
+
+def test_no_more_is_read_ahead_than_is_allowed() -> None:
+    most, checked, done = 0, 0, 0
+
+    def check(_item: int) -> None:
+        nonlocal checked
+        checked += 1
+
+    def work(_item: int) -> None:
+        nonlocal most, done
+        most = max(most, checked - done)  # the order of threads can only make it smaller
+        done += 1
+
+    assert len(list(side_by_side(check, work, range(200)))) == 200
+    assert 1 <= most <= AHEAD
