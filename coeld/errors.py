@@ -24,6 +24,7 @@
         ├── PeerGone        connection refused or lost
         ├── PeerSlow        no answer before the deadline
         ├── PeerRefused     the peer answered with an error (it does not hold that lot, …)
+        │   └── CacheLost   the peer no longer has the keys and values of that request
         └── FrameError      bytes that are not a valid frame or message
 
 The text of every error says what happened, what it means and what to do. Programming mistakes
@@ -145,6 +146,11 @@ class PeerSlow(PeerError):
 
 class PeerRefused(PeerError):
     """The peer answered with an error."""
+
+
+class CacheLost(PeerRefused):
+    """The peer has no keys and values of this request at this position: they are rebuilt from the
+    request's tokens."""
 
 
 class FrameError(PeerError):

@@ -21,7 +21,7 @@ import numpy as np
 
 from coeld.compression import wire
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, Kind
+from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import FrameError
 
 NUMBERS = (0, 1, 2, 3, 4, 7, 127, 128, 255, 256, 511, 512, 513, 1023, 1024, 4095, 4096, 4097)
@@ -73,7 +73,9 @@ def valid_frames(rng: Random) -> list[bytes]:
         packed = (
             frames.pack_experts(call, layer, ids, x),
             frames.pack_experts(call, layer, ids, x, gates),
-            frames.pack_result(call, layer, x),
+            frames.pack_result(call, layer, x, rng.randrange(1 << 32)),
+            frames.pack_span(call, SpanCall(call, layer, layer, layer + experts, rows), x),
+            frames.pack_free(call),
             frames.pack_text(Kind.HELLO, call, text),
             frames.pack_text(Kind.ERROR, call, text),
         )
@@ -141,7 +143,15 @@ def read(data: bytes) -> str:
                 if weights is not None:
                     check(weights, (header.rows, header.experts))
         case Kind.RESULT:
-            check(frames.unpack_result(header, payload), (header.rows, header.hidden))
+            check(frames.unpack_result(header, payload)[0], (header.rows, header.hidden))
+        case Kind.SPAN:
+            asked, rows = frames.unpack_span(header, payload)
+            if not (0 <= asked.first < asked.stop and 0 < asked.keep <= header.rows):
+                raise Broken(f"a span that cannot be: {asked}")
+            check(rows, (header.rows, header.hidden))
+        case Kind.FREE:
+            if payload:
+                raise Broken("a FREE with a payload")
         case Kind.HELLO:
             if not isinstance(frames.unpack_text(payload), dict):
                 raise Broken("a text that is no object")

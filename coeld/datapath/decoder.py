@@ -1,39 +1,135 @@
-"""The decoder: tokens in, logits out, span by span and cut by cut: a token's journey."""
+"""The decoder: tokens in, logits out, leg by leg along a request's way.
 
-from collections.abc import Sequence
+A leg here is run at once; one elsewhere is a call to its device, which keeps the keys and values of
+its layers, and rows go there and come back: the residual stream, whole. A request keeps the way it
+set out on, whatever newer tables say, until it cannot be followed: a device does not answer, was
+restarted, serves that span no longer, or its answer is late. Then the whole journey ends in LegLost
+and the scheduler begins another from the request's tokens; the device is left out for LOST_S, in
+which its legs run here, cut by cut.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
 
 from coeld.datapath.dispatch import Dispatcher
-from coeld.datapath.plan import Cut, Span
-from coeld.datapath.ports import Cache, Gates, Rows, SpanRunner
-from coeld.datapath.request import Request
+from coeld.datapath.frames import POSITION_MAX, SpanCall
+from coeld.datapath.journey import Journey
+from coeld.datapath.legs import run_leg
+from coeld.datapath.ports import Cache, Lane, Rows
+from coeld.datapath.request import LegLost, Request
+from coeld.datapath.ways import Way, way_of
+from coeld.errors import CacheLost, PeerError, PeerRefused
+from coeld.ids import NodeId
+from coeld.routes import Leg, RouteTable
+
+LOST_S: Final = 3.0
+"""As long as the swarm takes to name a dead device's successors."""
 
 
 class Decoder:
-    """Runs the trunk's plan. One thread; the plan may be replaced between two passes."""
+    """Runs requests. One thread."""
 
-    def __init__(self, trunk: SpanRunner, dispatcher: Dispatcher) -> None:
-        self.trunk = trunk
-        self.dispatcher = dispatcher
+    def __init__(
+        self,
+        lane: Lane,
+        dispatcher: Dispatcher,
+        layers: int,
+        new_cache: Callable[[Iterable[int]], Cache],
+    ) -> None:
+        self._lane = lane
+        self._dispatcher = dispatcher
+        self._layers = layers
+        self._new_cache = new_cache
+        self._numbers = 0
+        self._lost_at: dict[NodeId, float] = {}
+
+    def depart(self) -> Journey:
+        """Begin a journey along the way of the present table."""
+        table = self._dispatcher.board.table
+        way = self._way(table)
+        mine = [leg for leg in way if leg.node == self._dispatcher.me]
+        here = self._new_cache(layer for leg in mine for layer in range(leg.first, leg.stop))
+        self._numbers = (self._numbers + 1) % (1 << 32)
+        return Journey(way, here, self._numbers, table, self._dispatcher.peers)
 
     def forward(
-        self, cache: Cache, tokens: Sequence[int], rows: Sequence[int], request: Request
+        self, journey: Journey, tokens: Sequence[int], rows: Sequence[int], request: Request
     ) -> Rows:
-        """Append `tokens` to the cache; logits (len(rows), V) of the given rows, valid until the
+        """Append `tokens` to the caches; logits (len(rows), V) of the given rows, valid until the
         next pass.
 
-        Raises NotCovered when a cut layer's experts stay without an owner, Cancelled when the
-        request was cancelled while waiting; the cache is then as it was before.
+        Raises NotCovered when a cut layer's experts stay without an owner and Cancelled when the
+        request was cancelled while waiting; LegLost when the journey is over.
         """
-        self.trunk.begin(cache, tokens, rows)
-        out: Rows | None = None
-        gates: Gates | None = None
-        for step in self.trunk.steps:
-            match step:
-                case Span():
-                    out, gates = self.trunk.run(step)
-                case Cut(layer):
-                    assert out is not None
-                    self.trunk.add(self.dispatcher.run(layer, out, gates, request))
-        assert out is not None
-        cache.length += len(tokens)
-        return out
+        errand = _Errand(self, journey, request)
+        here, count = journey.here, len(tokens)
+        x = self._lane.embed(tokens)
+        for leg in journey.way:
+            last = leg.stop == self._layers
+            if leg.node != self._dispatcher.me:
+                keep = count - min(rows) if last else count
+                x = self._elsewhere(journey, leg, x, keep)
+                if last:
+                    there = [row - count + keep for row in rows]
+                    x = self._here(here, x, Leg(leg.node, leg.stop, leg.stop), there, errand)
+            else:
+                x = self._here(here, x, leg, rows if last else (), errand)
+        here.length += count
+        return x
+
+    def _here(
+        self, cache: Cache, x: Rows, leg: Leg, rows: Sequence[int], errand: "_Errand"
+    ) -> Rows:
+        lane, dispatcher = self._lane, self._dispatcher
+        try:
+            return run_leg(lane, dispatcher, cache, x, leg.first, leg.stop, rows, errand)
+        except PeerRefused as exc:
+            raise LegLost(str(exc)) from exc
+
+    def _elsewhere(self, journey: Journey, leg: Leg, x: Rows, keep: int) -> Rows:
+        table = self._dispatcher.board.table
+        address = table.addresses.get(leg.node) if table is not None else None
+        if address is None:
+            raise LegLost(f"{leg.node} is not in the route table any more")
+        asked = SpanCall(journey.number, journey.here.length, leg.first, leg.stop, keep)
+        assert asked.position + len(x) <= POSITION_MAX
+        journey.asked.add(leg.node)
+        try:
+            return self._dispatcher.peers.span(leg.node, address, asked, x).result()
+        except PeerError as exc:
+            if not isinstance(exc, CacheLost):
+                self._lost_at[leg.node] = time.monotonic()
+            if not isinstance(exc, PeerRefused):  # who refuses is alive
+                self._dispatcher.on_failure(leg.node, exc)
+            raise LegLost(str(exc)) from exc
+
+    def _way(self, table: RouteTable | None) -> Way:
+        """The table's way, or all layers here while this device's graphs do not fit the way's legs
+        (they are being built)."""
+        now = time.monotonic()
+        self._lost_at = {n: at for n, at in self._lost_at.items() if now - at < LOST_S}
+        me, layers = self._dispatcher.me, self._layers
+        way = way_of(table, me, layers, self._lost_at.keys())
+        parts = [(leg.first, leg.stop, leg.stop == layers) for leg in way if leg.node == me]
+        if way[-1].node != me:
+            parts.append((layers, layers, True))
+        fits = all(self._lane.can_run(*part) for part in parts)
+        return way if fits else (Leg(me, 0, layers),)
+
+
+class _Errand:
+    """One pass of a request, while it waits for experts."""
+
+    def __init__(self, decoder: Decoder, journey: Journey, request: Request) -> None:
+        self._decoder, self._journey, self._request = decoder, journey, request
+        self.stalls_s = request.stalls_s
+
+    def check(self) -> None:
+        """A newer table may know a way on which nothing is missing."""
+        self._request.check()
+        table = self._decoder._dispatcher.board.table
+        if table is not self._journey.table:
+            if self._decoder._way(table) != self._journey.way:
+                raise LegLost("the routes have changed")
+            self._journey.table = table

@@ -21,8 +21,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.datapath.ports import Call, ExpertRunner, Gates, PeerLink, Rows
-from coeld.datapath.request import Cancelled, Request
+from coeld.datapath.ports import Call, ExpertRunner, Gates, PeerLink, Rows, Waiter
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -81,7 +80,8 @@ class _Shares:
 
 @dataclass(slots=True)
 class Dispatcher:
-    """Runs cut layers. One thread (the decoder's)."""
+    """Runs cut layers, for the decoder's thread and for those of guests. Holds nothing of a call;
+    what it knows of failures all threads share."""
 
     me: NodeId
     experts: int
@@ -96,10 +96,10 @@ class Dispatcher:
     """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
 
-    def run(self, layer: int, x: Rows, gates: Gates | None, request: Request) -> Rows:
+    def run(self, layer: int, x: Rows, gates: Gates | None, waiter: Waiter) -> Rows:
         """Sum over the layer's experts of gate * expert(x), x (n, H); no gates: all 1.
 
-        Raises NotCovered, Cancelled.
+        Raises NotCovered, and what the waiter raises.
         """
         chosen = self._chosen(gates)
         waiting_since: float | None = None
@@ -112,9 +112,9 @@ class Dispatcher:
                 continue  # a peer failed that had not just failed: another may do
             now = time.monotonic()
             waiting_since = now if waiting_since is None else waiting_since
-            self._wait(layer, version, waiting_since + self.patience_s - now, request)
+            self._wait(layer, version, waiting_since + self.patience_s - now, waiter)
         if waiting_since is not None:
-            request.stalls_s.append(time.monotonic() - waiting_since)
+            waiter.stalls_s.append(time.monotonic() - waiting_since)
         return total
 
     def _chosen(self, gates: Gates | None) -> frozenset[int]:
@@ -211,9 +211,8 @@ class Dispatcher:
         failed = self._failed_at.get(node)
         return failed is not None and time.monotonic() - failed < COOLDOWN_S
 
-    def _wait(self, layer: int, version: int, left_s: float, request: Request) -> None:
-        if request.cancelled.is_set():
-            raise Cancelled
+    def _wait(self, layer: int, version: int, left_s: float, waiter: Waiter) -> None:
+        waiter.check()
         if left_s <= 0:
             raise self._not_covered(layer)
         self.board.wait(version, min(left_s, WAIT_S_MAX))

@@ -2,21 +2,27 @@
 
     offset  size  field
     0       4     magic "CoEL"
-    4       1     version (2)
-    5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4
+    4       1     version (3)
+    5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4, SPAN 5, FREE 6
     6       1     dtype of the rows: 0 none, 1 float32
     7       1     flags: 1 if gate weights are there
     8       4     call id: a RESULT or ERROR repeats that of its request
-    12      2     layer
-    14      2     experts: how many expert ids precede the rows
+    12      2     layer; of a SPAN the first one
+    14      2     experts: how many expert ids precede the rows; of a SPAN how many layers
     16      4     rows
     20      4     hidden: values per row
     24      4     payload bytes after this header
 
 All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then, with
-the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries one row per
-row: the sum over those experts of gate weight (without the flag: 1) times output. HELLO and ERROR
-carry JSON. Rows travel as float32: exact mode.
+the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries uint32
+microseconds of compute, then one row per row: the sum over those experts of gate weight (without
+the flag: 1) times output. HELLO and ERROR carry JSON. Rows travel as float32: exact mode.
+
+SPAN asks for whole layers, attention and KV cache included: three uint32 (the caller's number of
+the request; its position: tokens that the cache there holds; how many of the last rows to answer
+with), then the rows of the residual stream, the experts of the layer before included. Position 0
+begins a new cache. RESULT carries the residual stream after the last of the layers. FREE names a
+request in the place of the call id, lets its caches go, carries nothing and is not answered.
 """
 
 import json
@@ -29,11 +35,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.errors import FrameError, PeerRefused
+from coeld.errors import CacheLost, FrameError, PeerError, PeerRefused
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
 MAGIC: Final = b"CoEL"
-VERSION: Final = 2
+VERSION: Final = 3
 HEADER: Final = struct.Struct("<4sBBBBIHHIII")
 ROWS_MAX: Final = 512
 """Twice a prompt chunk; what a peer can make the arena of activations grow by."""
@@ -41,6 +47,10 @@ HIDDEN_MAX: Final = 32768
 PAYLOAD_BYTES_MAX: Final = 64 << 20
 """All rows of the widest model; what a peer can make us allocate per connection."""
 TEXT_BYTES_MAX: Final = 4096
+POSITION_MAX: Final = 1 << 24
+"""Tokens in a cache: more than any context."""
+SPAN_HEAD: Final = struct.Struct("<III")
+COMPUTED: Final = struct.Struct("<I")
 
 
 class Kind(IntEnum):
@@ -50,6 +60,12 @@ class Kind(IntEnum):
     EXPERTS = 2
     RESULT = 3
     ERROR = 4
+    SPAN = 5
+    FREE = 6
+
+
+BEFORE_ROWS: Final = {Kind.SPAN: SPAN_HEAD.size, Kind.RESULT: COMPUTED.size}
+"""Bytes of numbers at the beginning of the payload."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +84,25 @@ class Header:
 
     @property
     def ids_bytes(self) -> int:
-        return _padded(2 * self.experts)
+        return _padded(2 * self.experts) if self.kind is Kind.EXPERTS else 0
 
     @property
     def gates_bytes(self) -> int:
         return 4 * self.rows * self.experts if self.gated else 0
+
+
+@dataclass(frozen=True, slots=True)
+class SpanCall:
+    """What a SPAN asks for."""
+
+    number: int
+    """The caller's number of the request."""
+    position: int
+    """Tokens that the request's cache holds already."""
+    first: int
+    stop: int
+    keep: int
+    """How many of the last rows are wanted back: 1 to all."""
 
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
@@ -88,11 +118,15 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         header = Header(Kind(kind), call_id, layer, experts, rows, hidden, size, flags == 1)
     except ValueError:
         raise FrameError(f"unknown kind of frame {kind}") from None
-    if header.kind in (Kind.EXPERTS, Kind.RESULT):
-        expected = header.ids_bytes + header.gates_bytes + 4 * rows * hidden
+    if header.kind in (Kind.EXPERTS, Kind.RESULT, Kind.SPAN):
+        before = BEFORE_ROWS.get(header.kind, 0) + header.ids_bytes + header.gates_bytes
+        expected = before + 4 * rows * hidden
         fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype == 1
         counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
-        fits = fits and counts and (experts > 0) == (header.kind is Kind.EXPERTS)
+        fits = fits and counts and (experts > 0) == (header.kind is not Kind.RESULT)
+        fits = fits and (header.kind is not Kind.SPAN or layer + experts <= LAYERS_MAX)
+    elif header.kind is Kind.FREE:
+        expected, fits = 0, dtype == layer == experts == rows == hidden == 0
     else:
         expected, fits = size, size <= TEXT_BYTES_MAX and dtype == 0
     flagged = flags == 0 or (flags == 1 and header.kind is Kind.EXPERTS)
@@ -127,11 +161,31 @@ def pack_experts(
     return [head + ids + weights, np.ascontiguousarray(x).data.cast("B")]
 
 
-def pack_result(call_id: int, layer: int, y: NDArray[np.float32]) -> list[bytes | memoryview]:
-    """A RESULT frame for y (n, H)."""
+def pack_result(
+    call_id: int, layer: int, y: NDArray[np.float32], computed_us: int = 0
+) -> list[bytes | memoryview]:
+    """A RESULT frame for y (n, H), which took `computed_us` here."""
     rows, hidden = y.shape
-    head = HEADER.pack(MAGIC, VERSION, Kind.RESULT, 1, 0, call_id, layer, 0, rows, hidden, y.nbytes)
-    return [head, np.ascontiguousarray(y).data.cast("B")]
+    size = COMPUTED.size + y.nbytes
+    head = HEADER.pack(MAGIC, VERSION, Kind.RESULT, 1, 0, call_id, layer, 0, rows, hidden, size)
+    took = COMPUTED.pack(min(computed_us, 0xFFFFFFFF))
+    return [head + took, np.ascontiguousarray(y).data.cast("B")]
+
+
+def pack_span(call_id: int, call: SpanCall, x: NDArray[np.float32]) -> list[bytes | memoryview]:
+    """A SPAN frame for x (n, H), which is not copied."""
+    rows, hidden = x.shape
+    layers, size = call.stop - call.first, SPAN_HEAD.size + x.nbytes
+    head = HEADER.pack(
+        MAGIC, VERSION, Kind.SPAN, 1, 0, call_id, call.first, layers, rows, hidden, size
+    )
+    numbers = SPAN_HEAD.pack(call.number, call.position, call.keep)
+    return [head + numbers, np.ascontiguousarray(x).data.cast("B")]
+
+
+def pack_free(number: int) -> list[bytes | memoryview]:
+    """A FREE frame for the caller's request `number`."""
+    return [HEADER.pack(MAGIC, VERSION, Kind.FREE, 0, 0, number, 0, 0, 0, 0, 0)]
 
 
 def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | memoryview]:
@@ -162,9 +216,21 @@ def unpack_experts(
     return experts, _rows(header, payload[at + header.gates_bytes :]), gates
 
 
-def unpack_result(header: Header, payload: memoryview) -> NDArray[np.float32]:
-    """Rows (n, H), a view of `payload`. Raises FrameError on NaN or Inf."""
-    return _rows(header, payload)
+def unpack_result(header: Header, payload: memoryview) -> tuple[NDArray[np.float32], int]:
+    """Rows (n, H), a view of `payload`, and the microseconds they took the peer. Raises FrameError
+    on NaN or Inf."""
+    (computed_us,) = COMPUTED.unpack_from(payload)
+    return _rows(header, payload[COMPUTED.size :]), computed_us
+
+
+def unpack_span(header: Header, payload: memoryview) -> tuple[SpanCall, NDArray[np.float32]]:
+    """What is asked for, and the rows (n, H), a view of `payload`. Raises FrameError on numbers
+    that cannot be, on NaN and Inf."""
+    number, position, keep = SPAN_HEAD.unpack_from(payload)
+    if position + header.rows > POSITION_MAX or not 0 < keep <= header.rows:
+        raise FrameError(f"a span at position {position} of {header.rows} rows that keeps {keep}")
+    call = SpanCall(number, position, header.layer, header.layer + header.experts, keep)
+    return call, _rows(header, payload[SPAN_HEAD.size :])
 
 
 def unpack_text(payload: memoryview) -> dict[str, Any]:
@@ -178,9 +244,17 @@ def unpack_text(payload: memoryview) -> dict[str, Any]:
     return value
 
 
+def pack_refusal(call_id: int, exc: PeerError) -> list[bytes | memoryview]:
+    """The ERROR frame that `refusal` turns into the same kind of error."""
+    lost = {"lost": True} if isinstance(exc, CacheLost) else {}
+    return pack_text(Kind.ERROR, call_id, {**lost, "message": str(exc)})
+
+
 def refusal(payload: memoryview) -> PeerRefused:
     """The error in an ERROR frame."""
-    return PeerRefused(str(unpack_text(payload).get("message", "no reason given")))
+    value = unpack_text(payload)
+    kind = CacheLost if value.get("lost") else PeerRefused
+    return kind(str(value.get("message", "no reason given")))
 
 
 def _rows(header: Header, payload: memoryview) -> NDArray[np.float32]:

@@ -50,8 +50,13 @@ class Cut:
 Step = Span | Cut
 
 
-def compile_plan(layers: int, fused: Collection[int]) -> tuple[Step, ...]:
-    """Steps that run layers 0..layers-1 and the head in order, fusing exactly `fused`."""
+def compile_plan(
+    layers: int, fused: Collection[int], borders: Collection[int] = ()
+) -> tuple[Step, ...]:
+    """Steps that run layers 0..layers-1 and the head in order, fusing exactly `fused`.
+
+    No graph crosses one of `borders`: there a leg of some request begins or ends.
+    """
     assert layers > 0
     assert all(0 <= layer < layers for layer in fused)
     steps: list[Step] = []
@@ -61,7 +66,7 @@ def compile_plan(layers: int, fused: Collection[int]) -> tuple[Step, ...]:
         if layer not in fused:
             steps += [Span(first, stop, "cut"), Cut(layer)]
             first = stop
-        elif stop % SPAN_LAYERS_MAX == 0 and stop < layers:
+        elif stop in borders or (stop % SPAN_LAYERS_MAX == 0 and stop < layers):
             steps.append(Span(first, stop, "experts"))
             first = stop
     return (*steps, Span(first, layers, "head"))
@@ -77,13 +82,40 @@ def fusible_layers(
     experts: int, held: Collection[Lot], table: RouteTable | None, me: NodeId
 ) -> frozenset[int]:
     """Layers that this device may compile into its own graphs: it holds them whole, and nobody
-    else is there to call them."""
-    if table is not None and any(node != me for node in table.addresses):
-        return frozenset()
+    else is there to call them, or they lie in spans that it serves whole."""
     counts: dict[int, int] = {}
     for lot in held:
         counts[lot.layer] = counts.get(lot.layer, 0) + 1
-    return frozenset(layer for layer, count in counts.items() if count == experts)
+    whole = frozenset(layer for layer, count in counts.items() if count == experts)
+    if table is None or all(node == me for node in table.addresses):
+        return whole
+    spans = (range(leg.first, leg.stop) for leg in table.spans if leg.node == me)
+    return whole.intersection(*[frozenset().union(*spans)])
+
+
+def borders_of(table: RouteTable | None, me: NodeId) -> frozenset[int]:
+    """Where legs that run on this device begin and end: those of its own requests, and the spans
+    that it serves."""
+    if table is None or all(node == me for node in table.addresses):
+        return frozenset()
+    mine = [leg for leg in table.spans if leg.node == me]
+    legs = [*mine, *table.legs] if len(table.legs) > 1 else mine
+    return frozenset(border for leg in legs for border in (leg.first, leg.stop)) - {0}
+
+
+def part_of(steps: Sequence[Step], first: int, stop: int, head: bool) -> Sequence[Step]:
+    """The steps that run layers first..stop-1, and the head if wanted; none (empty) if no graph
+    begins and ends there."""
+    begin = end = -1
+    for index, step in enumerate(steps):
+        match step:
+            case Cut(layer):
+                end = index + 1 if layer == stop - 1 and not head else end
+            case Span():
+                begin = index if step.first == first and begin < 0 else begin
+                ends = step.end == "head" if head else step.end == "experts" and step.stop == stop
+                end = index + 1 if ends else end
+    return steps[begin:end] if 0 <= begin < end else ()
 
 
 def describe(steps: Sequence[Step]) -> str:

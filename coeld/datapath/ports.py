@@ -5,11 +5,13 @@ tests implement all of them with a few lines of numpy.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.datapath.frames import SpanCall
 from coeld.datapath.plan import Span, Step
 from coeld.ids import NodeId
 
@@ -21,23 +23,55 @@ Gates = NDArray[np.float32]
 
 
 class Cache(Protocol):
-    """The KV cache of one request."""
+    """The KV cache of one request, for some layers."""
 
     length: int
+    """Tokens cached."""
+
+    @property
+    def bytes(self) -> int: ...
+
+    def bytes_for(self, tokens: int) -> int:
+        """What it takes with room for `tokens` in all."""
+        ...
+
+    def reserve(self, tokens: int) -> None: ...
 
     def free(self) -> None:
         """Give its memory back; it is not used again."""
         ...
 
 
-class SpanRunner(Protocol):
-    """See coeld.engine.trunk.Trunk."""
+class Part(Protocol):
+    """One pass of rows through consecutive layers. See coeld.engine.trunk.Part."""
 
     steps: Sequence[Step]
 
-    def begin(self, cache: Cache, tokens: Sequence[int], rows: Sequence[int]) -> None: ...
     def run(self, span: Span) -> tuple[Rows, Gates | None]: ...
     def add(self, y: Rows) -> None: ...
+    def out(self) -> Rows: ...
+
+
+class Lane(Protocol):
+    """The buffers in which one thread runs parts of the trunk. See coeld.engine.trunk.Lane."""
+
+    def embed(self, tokens: Sequence[int]) -> Rows: ...
+    def can_run(self, first: int, stop: int, head: bool) -> bool: ...
+    def part(
+        self, cache: Cache, x: Rows, first: int, stop: int, rows: Sequence[int]
+    ) -> AbstractContextManager[Part]: ...
+    def trim(self) -> None: ...
+
+
+class Waiter(Protocol):
+    """Whoever waits for experts, and keeps count of it."""
+
+    stalls_s: list[float]
+    """How long it waited, each time an expert had no reachable owner."""
+
+    def check(self) -> None:
+        """Raise what makes waiting any longer pointless."""
+        ...
 
 
 class ExpertRunner(Protocol):
@@ -69,4 +103,14 @@ class PeerLink(Protocol):
     ) -> Call:
         """Send rows to a peer without waiting for the answer; `gates` (n, len(experts)), None: all
         1. Raises PeerError."""
+        ...
+
+    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> Call:
+        """Have a peer run whole layers; its answer is the residual stream of the last
+        `asked.keep` rows. One thread. Raises PeerError."""
+        ...
+
+    def free(self, node: NodeId, number: int) -> None:
+        """Let the peer drop the caches of a request. Raises nothing: a peer that cannot be
+        reached has dropped them."""
         ...

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from coeld.datapath.ports import Cache
+from coeld.datapath.journey import Journey
 from coeld.datapath.sampling import Sampling
 from coeld.errors import CoeldError
 
@@ -15,6 +15,11 @@ FinishReason = Literal["stop", "length"]
 
 class Cancelled(Exception):
     """The request was cancelled while it waited: not an error, the caller gave up."""
+
+
+class LegLost(Exception):
+    """The request's way cannot be followed any further: its caches have to be rebuilt from its
+    tokens, along another way."""
 
 
 class Listener(Protocol):
@@ -41,13 +46,18 @@ class Request:
     listener: Listener
     sampling: Sampling = field(default_factory=Sampling)
     eos_tokens: frozenset[int] = frozenset()
-    cache: Cache | None = None
+    journey: Journey | None = None
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
-    prefilled: int = 0
-    """Prompt tokens already in the cache."""
-    generated: int = 0
-    last: int = 0
-    """The token to decode next."""
+    tokens: list[int] = field(default_factory=list)
+    """The prompt and what was generated: all that is needed to begin again elsewhere."""
+    cached: int = 0
+    """How many of them the caches hold."""
+    exact: bool = True
+    """Whether generated tokens are replayed one by one, which gives the bits of an undisturbed
+    run, or in chunks."""
+    losses: int = 0
+    """How often its way was lost since its last token."""
+    lost_since_s: float | None = None
     prefill_s: float = 0.0
     """Of its own prompt's chunks."""
     decode_s: float = 0.0
@@ -56,3 +66,12 @@ class Request:
     stalls_s: list[float] = field(default_factory=list)
     """How long it waited, each time an expert had no reachable owner."""
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def generated(self) -> int:
+        return max(0, len(self.tokens) - len(self.prompt))
+
+    def check(self) -> None:
+        """Raise Cancelled if it was."""
+        if self.cancelled.is_set():
+            raise Cancelled

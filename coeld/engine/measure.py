@@ -34,6 +34,11 @@ class NoPeers:
     def call(self, node: NodeId, *_rest: Any) -> Any:
         raise PeerGone(f"{node} cannot be called: this measurement is of one device")
 
+    span = call
+
+    def free(self, node: NodeId, number: int) -> None:
+        """Nobody holds anything."""
+
 
 class Silent:
     """Listens to a request and keeps its tokens."""
@@ -154,7 +159,7 @@ def _run(model: OpenModel, tokens: Sequence[int], gen_tokens: int) -> tuple[floa
     model.scheduler.submit(request)
     cache_bytes = 0
     while model.scheduler.active:
-        cache_bytes = max(cache_bytes, getattr(request.cache, "bytes", 0))
+        cache_bytes = max(cache_bytes, request.journey.bytes if request.journey else 0)
         model.scheduler.turn()
     return request.prefill_s, request.decode_s, cache_bytes
 
@@ -162,7 +167,7 @@ def _run(model: OpenModel, tokens: Sequence[int], gen_tokens: int) -> tuple[floa
 def logits_of(model: OpenModel, tokens: Sequence[int], rows: Sequence[int]) -> NDArray[np.float32]:
     """Logits (len(rows), V) of a fresh pass over `tokens`."""
     request = Request("logits", list(tokens), 0, Silent())
-    return np.array(model.decoder.forward(model.trunk.new_cache(), tokens, rows, request))
+    return np.array(model.decoder.forward(model.decoder.depart(), tokens, rows, request))
 
 
 def perplexity(
@@ -249,12 +254,12 @@ def _scored(
     model: OpenModel, window: Sequence[int], first: int
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(row, its logits (V,)) for rows `first` to the last but one of a window."""
-    cache = model.trunk.new_cache()
+    journey = model.decoder.depart()
     request = Request("eval", list(window), 0, Silent())
-    model.decoder.forward(cache, window[:first], [0], request)
+    model.decoder.forward(journey, window[:first], [0], request)
     for at in range(first, len(window) - 1, LOGIT_ROWS_MAX):
         some = window[at : min(at + LOGIT_ROWS_MAX, len(window) - 1)]
-        logits = model.decoder.forward(cache, some, list(range(len(some))), request)
+        logits = model.decoder.forward(journey, some, list(range(len(some))), request)
         yield from enumerate(np.array(logits), at)
 
 

@@ -9,6 +9,7 @@ from typing import Final
 
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
+from coeld.datapath.legs import Guest, Ledger
 from coeld.datapath.plan import Span, describe
 from coeld.datapath.ports import PeerLink
 from coeld.datapath.request import Request
@@ -26,7 +27,8 @@ CONTEXT_TOKENS: Final = 2048
 
 
 class OpenModel:
-    """Owned by the decoder's thread, except `experts` (the loader's) and `board` (anybody's)."""
+    """Owned by the decoder's thread, except `experts` and `fitter` (the loader's) and `board`
+    (anybody's). `guests_max`: whole caches that layers run for others may take in all."""
 
     def __init__(
         self,
@@ -37,6 +39,7 @@ class OpenModel:
         peers: PeerLink,
         context_tokens: int = CONTEXT_TOKENS,
         patience_s: float = 10.0,
+        guests_max: int = 4,
         on_failure: Callable[[NodeId, PeerError], None] = lambda _node, _error: None,
     ) -> None:
         self.manifest = manifest
@@ -56,8 +59,10 @@ class OpenModel:
             patience_s=patience_s,
             on_failure=on_failure,
         )
-        self.decoder = Decoder(self.trunk, self.dispatcher)
-        self.scheduler = Scheduler(self.decoder, self.trunk.new_cache)
+        layers, new_cache = manifest.shape.layers, self.trunk.new_cache
+        self.decoder = Decoder(self.trunk.lane(), self.dispatcher, layers, new_cache)
+        self.scheduler = Scheduler(self.decoder)
+        self.guests = Ledger(guests_max * new_cache().bytes_for(self.context_tokens))
         self.fitter = Fitter(self.trunk, self.experts, self.board, me)
 
     def refit(self) -> None:
@@ -67,7 +72,8 @@ class OpenModel:
     def _refit(self, check: Callable[[Span], None] | None) -> None:
         while change := self.fitter.prepare(check):
             self.fitter.adopt(change)
-            self.fitter.settle(change)
+            settled = self.fitter.settle()
+            assert settled, "a part is running"
 
     def hold_everything(self) -> None:
         """Load all experts and fuse them: one device, no cut. Raises ModelError."""
@@ -76,6 +82,17 @@ class OpenModel:
 
     def _verify(self, span: Span) -> None:
         self.experts.verify_layers(span.fused())
+
+    def welcome(self) -> Guest:
+        """For one caller whose layers run here, in one thread of its own."""
+        return Guest(
+            self.trunk.lane(),
+            self.dispatcher,
+            self.manifest.shape.layers,
+            self.context_tokens,
+            self.trunk.new_cache,
+            self.guests,
+        )
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
         """Check that the request fits the context and set its length.

@@ -18,7 +18,6 @@ from coeld.datapath.dispatch import not_covered
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
 from coeld.engine.calibrate import calibrate
-from coeld.engine.fitting import Change
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
@@ -32,6 +31,8 @@ from coeld.net.peers import Introduction, PeerPool, PeerServer
 from coeld.routes import RouteTable
 
 EXIT_BUG: Final = 70
+SETTLE_S: Final = 0.02
+"""Between two looks whether the last part on a former plan has ended."""
 
 
 class Engine:
@@ -125,6 +126,7 @@ class Engine:
                 peers=pool,
                 context_tokens=options.context_tokens,
                 patience_s=options.patience_s,
+                guests_max=options.requests_max,
                 on_failure=self._call_failed,
             )
             model.refit()
@@ -136,7 +138,7 @@ class Engine:
         if self._pool is not None:
             self._pool.close()
         self._model, self._pool = model, pool
-        self._server.serve(introduction, manifest.shape.hidden, model.experts.run)
+        self._server.serve(introduction, manifest.shape.hidden, model.experts.run, model.welcome)
         self._link.say(
             "opened",
             model=name,
@@ -188,17 +190,21 @@ class Engine:
             raise not_covered(table.missing_bytes)
         return self._model
 
-    def _adopt(self, model: OpenModel, change: Change) -> None:
-        model.fitter.adopt(change)
-        self._loader_jobs.put(lambda: self._settle(model, change))
-
     def _call_failed(self, node: NodeId, error: PeerError) -> None:
         self._link.say("call_failed", node=node, why=str(error))
 
     # The loader's thread
 
     def _load(self) -> None:
-        while (job := self._loader_jobs.get()) is not None:
+        while True:
+            settling = self._model is not None and self._model.fitter.adopted is not None
+            try:
+                job = self._loader_jobs.get(timeout=SETTLE_S if settling else None)
+            except queue.Empty:
+                self._refit()
+                continue
+            if job is None:
+                return
             job()
 
     def _load_lots(self, lots: list[Lot]) -> None:
@@ -222,15 +228,14 @@ class Engine:
         self._refit()
 
     def _refit(self) -> None:
-        """Build the next graphs that are out of line; the decoder adopts them between tokens."""
+        """Have the next graphs adopted that are out of line, once the last ones are settled."""
         model = self._model
-        change = model.fitter.prepare() if model is not None else None
-        if model is not None and change is not None:
-            self._decoder_jobs.put(lambda: self._adopt(model, change))
-
-    def _settle(self, model: OpenModel, change: Change) -> None:
-        model.fitter.settle(change)
-        self._refit()
+        while model is not None and model.fitter.settle():
+            change = model.fitter.prepare()
+            if change is None:
+                return
+            model.fitter.adopt(change)
+            model.board.nudge()
 
     # Any thread
 
@@ -265,13 +270,15 @@ class Engine:
                 "failures": stats.failures,
                 "rtt_us_p50": times[len(times) // 2] if times else None,
             }
-        caches = [request.cache for request in model.scheduler.active] if model else []
+        active = list(model.scheduler.active) if model else []
+        journeys = [request.journey for request in active]
         return {
             "rss_bytes": resident_bytes(),
             "weights_bytes": model.manifest.trunk_bytes + model.experts.bytes if model else 0,
-            "kv_bytes": sum(getattr(cache, "bytes", 0) for cache in caches),
+            "kv_bytes": sum(journey.bytes for journey in journeys if journey is not None),
+            "guest_kv_bytes": model.guests.bytes if model else 0,
             "lots": len(model.experts.lots) if model else 0,
-            "requests": len(caches),
+            "requests": len(active),
             "peers": peers,
             "refused": self._server.refused,
             "steps": model.plan if model else "",

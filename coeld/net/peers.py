@@ -1,41 +1,63 @@
-"""Direct TCP between engines: a server that runs experts for peers, a pool that calls theirs.
+"""Direct TCP between engines: a server that runs experts and spans for peers, a pool that calls
+theirs.
 
 Blocking sockets in threads, because the latency of a cut is what counts and this is the shortest
-path there is: the decoder's own thread writes the rows and reads the answer, the owner's thread
-that was blocked in `recv` runs the experts and writes back. One wake-up on each side per cut.
+path there is: the decoder's own thread writes the rows and reads the answer, the peer's thread
+that was blocked in `recv` runs what is asked for and writes back: one wake-up on each side a call.
 
-A connection starts with HELLO both ways (swarm, model, node); then the caller sends EXPERTS and
-gets RESULT or ERROR, in order. After a time-out the caller closes the connection, so that a late
-answer cannot be taken for another.
+A connection starts with HELLO both ways (swarm, model, node); then the caller sends EXPERTS or SPAN
+and gets RESULT or ERROR, in order; FREE is not answered. After a time-out the caller closes the
+connection, so that a late answer cannot be taken for another. The caches that spans left behind
+belong to the connection: they go when it closes, and keepalive closes it when the caller's machine
+is gone. So the caller keeps one connection per peer for spans, and takes any free one for experts.
 """
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, Header, Kind
+from coeld.datapath.frames import HEADER, Header, Kind, SpanCall
 from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 
-CONNECTIONS_MAX: Final = 64
-"""Threads a server starts: more devices than a swarm of this kind has decoders."""
+CONNECTIONS_MAX: Final = 128
+"""Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
+FREE_CONNECTIONS_MAX: Final = 8
+"""Kept to a peer while nobody calls it."""
 CONNECT_TIMEOUT_S: Final = 0.5
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
+ROW_LAYER_S: Final = 0.005
+"""What a deadline allows for each row and layer: a slow device, its link, others before us."""
 RTT_SAMPLES: Final = 256
+KEEPALIVE: Final = (
+    (socket.TCP_KEEPIDLE, 10),
+    (socket.TCP_KEEPINTVL, 5),
+    (socket.TCP_KEEPCNT, 3),
+)
+"""Seconds of silence, seconds between probes, probes: a vanished machine is noticed in 25 s."""
 
 Rows = NDArray[np.float32]
 RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
 """(layer, experts, x, gates) -> y"""
+
+
+class SpanHost(Protocol):
+    """What runs spans for one connection, in its thread. See coeld.datapath.legs.Guest."""
+
+    def span(self, asked: SpanCall, x: Rows) -> Rows: ...
+    def free(self, number: int) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +77,17 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.sock = sock
         self._header = bytearray(HEADER.size)
         self._payload = bytearray(1 << 14)
 
-    def send(self, pieces: list[bytes | memoryview]) -> None:
+    def send(self, pieces: list[bytes | memoryview], within_s: float) -> None:
         """Write all pieces with as few system calls as possible. Raises PeerGone, PeerSlow."""
         with peer_errors():
+            self.sock.settimeout(within_s)
             sent = self.sock.sendmsg(pieces)
             for piece in pieces:
                 if sent < len(piece):
@@ -108,7 +134,7 @@ class Connection:
 
 
 class PeerServer:
-    """Serves experts on one listening socket. `close` ends every thread."""
+    """Serves experts and spans on one listening socket. `close` ends every thread."""
 
     def __init__(self, host: str, port: int) -> None:
         """Raises OSError when the address is taken."""
@@ -119,15 +145,28 @@ class PeerServer:
         """Connections and frames turned away."""
         self._introduction: Introduction | None = None
         self._run: RunExperts | None = None
+        self._welcome: Callable[[], SpanHost] | None = None
         self._hidden = 0
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._acceptor = threading.Thread(target=self._accept, name="peers.accept", daemon=True)
         self._acceptor.start()
 
-    def serve(self, introduction: Introduction, hidden: int, run: RunExperts) -> None:
-        """From now on answer calls with rows of `hidden` values through `run`."""
-        self._introduction, self._hidden, self._run = introduction, hidden, run
+    def serve(
+        self,
+        introduction: Introduction,
+        hidden: int,
+        run: RunExperts,
+        welcome: Callable[[], SpanHost] | None = None,
+    ) -> None:
+        """From now on answer calls with rows of `hidden` values through `run`, and through what
+        `welcome` makes for each connection that asks for spans. Present connections, which may be
+        about another model, are closed."""
+        self._introduction, self._hidden = introduction, hidden
+        self._run, self._welcome = run, welcome
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -158,20 +197,26 @@ class PeerServer:
 
     def _converse(self, connection: Connection) -> None:
         """One caller, until it leaves or breaks the protocol."""
+        host: SpanHost | None = None
         try:
             self._greet(connection)
             while True:
                 header, payload = connection.receive(None, FRAME_TIMEOUT_S)
-                answer = self._answer(header, payload)
-                connection.sock.settimeout(FRAME_TIMEOUT_S)
-                connection.send(answer)
+                if header.kind in (Kind.SPAN, Kind.FREE) and host is None and self._welcome:
+                    host = self._welcome()
+                answer = self._answer(header, payload, host)
+                if answer:
+                    connection.send(answer, FRAME_TIMEOUT_S)
         except FrameError as exc:
             self.refused += 1
             with contextlib.suppress(PeerError):
-                connection.send(frames.pack_text(Kind.ERROR, 0, {"message": str(exc)}))
+                text = frames.pack_text(Kind.ERROR, 0, {"message": str(exc)})
+                connection.send(text, FRAME_TIMEOUT_S)
         except PeerError:
-            pass  # it left: nothing to clean up but the connection
+            pass  # it left
         finally:
+            if host is not None:
+                host.close()
             with self._lock:
                 self._connections.discard(connection)
             connection.close()
@@ -186,18 +231,33 @@ class PeerServer:
         for key, value in (("swarm", ours.swarm), ("model", ours.model)):
             if theirs.get(key) != value:
                 raise FrameError(f"this device has another {key}")
-        connection.sock.settimeout(FRAME_TIMEOUT_S)
-        connection.send(frames.pack_text(Kind.HELLO, header.call_id, ours.to_json()))
+        hello = frames.pack_text(Kind.HELLO, header.call_id, ours.to_json())
+        connection.send(hello, FRAME_TIMEOUT_S)
 
-    def _answer(self, header: Header, payload: memoryview) -> list[bytes | memoryview]:
-        if header.kind is not Kind.EXPERTS or header.hidden != self._hidden or self._run is None:
-            raise FrameError(f"unexpected {header.kind.name} with rows of {header.hidden}")
-        experts, x, gates = frames.unpack_experts(header, payload)
+    def _answer(
+        self, header: Header, payload: memoryview, host: SpanHost | None
+    ) -> list[bytes | memoryview]:
+        """What to send back; nothing after a FREE. Raises FrameError."""
+        started_s = time.monotonic()
+        if header.kind is Kind.FREE:
+            if host is not None:
+                host.free(header.call_id)
+            return []
         try:
-            y = self._run(header.layer, experts, x, gates)
+            if header.hidden != self._hidden:
+                raise FrameError(f"rows of {header.hidden}, not of {self._hidden}")
+            if header.kind is Kind.EXPERTS and self._run is not None:
+                experts, x, gates = frames.unpack_experts(header, payload)
+                y = self._run(header.layer, experts, x, gates)
+            elif header.kind is Kind.SPAN and host is not None:
+                asked, x = frames.unpack_span(header, payload)
+                y = host.span(asked, x)
+            else:
+                raise FrameError(f"unexpected {header.kind.name}")
         except PeerRefused as exc:
-            return frames.pack_text(Kind.ERROR, header.call_id, {"message": str(exc)})
-        return frames.pack_result(header.call_id, header.layer, y)
+            return frames.pack_refusal(header.call_id, exc)
+        computed_us = int((time.monotonic() - started_s) * 1e6)
+        return frames.pack_result(header.call_id, header.layer, y, computed_us)
 
 
 @dataclass(slots=True)
@@ -218,13 +278,15 @@ class PeerCall:
     node: NodeId
     connection: Connection
     call_id: int
-    asked: tuple[int, tuple[int, ...]]
-    """Layer, and the shape of the rows."""
+    asked: tuple[int, tuple[int, int]]
+    """Layer, and the shape of the answer."""
     started_s: float
     deadline_s: float
+    address: tuple[str, int] | None = None
+    """Of experts: where the connection is free for others when the answer has come."""
 
     def result(self) -> Rows:
-        """Partial sums (n, H), valid until the next call to this peer. Raises PeerError."""
+        """Partial sums, or the residual stream (n, H). Raises PeerError."""
         try:
             left_s = max(self.deadline_s - time.monotonic(), 0.001)
             header, payload = self.connection.receive(left_s, left_s)
@@ -235,13 +297,16 @@ class PeerCall:
             answered = header.layer, (header.rows, header.hidden)
             if header.kind is not Kind.RESULT or answered != self.asked:
                 raise FrameError(f"asked for {self.asked}, got {header.kind.name} {answered}")
-            rows = frames.unpack_result(header, payload)
+            rows, _computed_us = frames.unpack_result(header, payload)
+            rows = rows.copy()  # the buffer is the connection's
         except PeerRefused:
             self.pool.stats_of(self.node).failures += 1
+            self.pool.give_back(self)
             raise
         except PeerError:
-            self.pool.forget(self.node)
+            self.pool.give_up(self.node, self.connection)
             raise
+        self.pool.give_back(self)
         stats = self.pool.stats_of(self.node)
         stats.calls += 1
         stats.rtt_us.append(int((time.monotonic() - self.started_s) * 1e6))
@@ -249,14 +314,17 @@ class PeerCall:
 
 
 class PeerPool:
-    """One connection per peer, opened when first needed. Used by the decoder's thread only."""
+    """Connections to peers, opened when needed. Experts are called from any thread, spans from the
+    decoder's only."""
 
     def __init__(self, introduction: Introduction, call_deadline_s: float) -> None:
         self._introduction = introduction
         self._call_deadline_s = call_deadline_s
-        self._connections: dict[NodeId, tuple[tuple[str, int], Connection]] = {}
+        self._free: dict[NodeId, list[tuple[tuple[str, int], Connection]]] = {}
+        self._lock = threading.Lock()
+        self._spans: dict[NodeId, tuple[tuple[str, int], Connection]] = {}
         self._stats: dict[NodeId, PeerStats] = {}
-        self._next_id = 0
+        self._ids = itertools.count(1)
 
     def call(
         self,
@@ -268,18 +336,32 @@ class PeerPool:
         gates: Rows | None,
     ) -> PeerCall:
         """Send rows (n, H) to a peer. Raises PeerError."""
-        try:
-            connection = self._connection(node, address)
-            self._next_id = (self._next_id + 1) % (1 << 32)
-            connection.sock.settimeout(self._call_deadline_s)
-            connection.send(frames.pack_experts(self._next_id, layer, experts, x, gates))
-        except PeerError:
-            self.forget(node)
-            raise
-        now = time.monotonic()
-        deadline_s = now + self._call_deadline_s
-        asked = layer, x.shape
-        return PeerCall(self, node, connection, self._next_id, asked, now, deadline_s)
+        connection = self._taken(node, address) or self._opened(node, address)
+        call_id = next(self._ids) & 0xFFFFFFFF
+        pieces = frames.pack_experts(call_id, layer, experts, x, gates)
+        left_s = self._send(node, connection, pieces, len(x))
+        now, asked = time.monotonic(), (layer, (x.shape[0], x.shape[1]))
+        return PeerCall(self, node, connection, call_id, asked, now, now + left_s, address)
+
+    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> PeerCall:
+        """Send rows (n, H) of a request through layers of a peer. Raises PeerError."""
+        known = self._spans.get(node)
+        if known is None or known[0] != address:
+            if known is not None:
+                known[1].close()
+            known = self._spans[node] = address, self._opened(node, address)
+        connection, call_id = known[1], next(self._ids) & 0xFFFFFFFF
+        pieces = frames.pack_span(call_id, asked, x)
+        left_s = self._send(node, connection, pieces, len(x) * (asked.stop - asked.first))
+        now, answer = time.monotonic(), (asked.first, (asked.keep, x.shape[1]))
+        return PeerCall(self, node, connection, call_id, answer, now, now + left_s)
+
+    def free(self, node: NodeId, number: int) -> None:
+        """Let the peer drop a request's caches; one that cannot be reached has none."""
+        known = self._spans.get(node)
+        if known is not None:
+            with contextlib.suppress(PeerError):
+                self._send(node, known[1], frames.pack_free(number), 0)
 
     def stats_of(self, node: NodeId) -> PeerStats:
         return self._stats.setdefault(node, PeerStats())
@@ -287,34 +369,79 @@ class PeerPool:
     def stats(self) -> dict[NodeId, PeerStats]:
         return dict(self._stats)
 
-    def forget(self, node: NodeId) -> None:
-        """Close the connection after a failure; the next call opens another."""
+    def give_back(self, call: PeerCall) -> None:
+        """The call is answered: its connection may be used again."""
+        if call.address is None:
+            return  # it is the one for spans
+        with self._lock:
+            idle = self._free.setdefault(call.node, [])
+            if len(idle) < FREE_CONNECTIONS_MAX:
+                idle.append((call.address, call.connection))
+                return
+        call.connection.close()
+
+    def give_up(self, node: NodeId, connection: Connection | None) -> None:
+        """After a failure: close this connection and those that nobody uses; the next call opens
+        another."""
         self.stats_of(node).failures += 1
-        _address, connection = self._connections.pop(node, (None, None))
+        with self._lock:
+            closing = [free for _address, free in self._free.pop(node, [])]
         if connection is not None:
-            connection.close()
+            closing.append(connection)
+            if (known := self._spans.get(node)) is not None and known[1] is connection:
+                del self._spans[node]
+        for each in closing:
+            each.close()
 
     def close(self) -> None:
-        for _address, connection in self._connections.values():
-            connection.close()
-        self._connections.clear()
+        for node in {*self._free, *self._spans}:
+            _address, connection = self._spans.get(node, (None, None))
+            self.give_up(node, connection)
 
-    def _connection(self, node: NodeId, address: tuple[str, int]) -> Connection:
-        known = self._connections.get(node)
-        if known is not None and known[0] == address:
-            return known[1]
-        if known is not None:
-            known[1].close()
-        with peer_errors():
-            sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
-        connection = Connection(sock)
-        self._connections[node] = address, connection
-        connection.send(frames.pack_text(Kind.HELLO, 0, self._introduction.to_json()))
-        header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
-        if header.kind is Kind.ERROR:
-            raise PeerGone(str(frames.refusal(payload)))
-        if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
-            raise PeerGone(f"another device answers at {address[0]}:{address[1]}")
+    def _send(
+        self,
+        node: NodeId,
+        connection: Connection,
+        pieces: list[bytes | memoryview],
+        row_layers: int,
+    ) -> float:
+        """Seconds until the answer must be there. Raises PeerError."""
+        left_s = self._call_deadline_s + ROW_LAYER_S * row_layers
+        try:
+            connection.send(pieces, left_s)
+        except PeerError:
+            self.give_up(node, connection)
+            raise
+        return left_s
+
+    def _taken(self, node: NodeId, address: tuple[str, int]) -> Connection | None:
+        """A free connection to the peer at that address."""
+        while True:
+            with self._lock:
+                idle = self._free.get(node)
+                if not idle:
+                    return None
+                known, connection = idle.pop()
+            if known == address:
+                return connection
+            connection.close()
+
+    def _opened(self, node: NodeId, address: tuple[str, int]) -> Connection:
+        connection: Connection | None = None
+        try:
+            with peer_errors():
+                sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
+            connection = Connection(sock)
+            hello = frames.pack_text(Kind.HELLO, 0, self._introduction.to_json())
+            connection.send(hello, self._call_deadline_s)
+            header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
+            if header.kind is Kind.ERROR:
+                raise PeerGone(str(frames.refusal(payload)))
+            if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
+                raise PeerGone(f"another device answers at {address[0]}:{address[1]}")
+        except PeerError:
+            self.give_up(node, connection)
+            raise
         return connection
 
 

@@ -3,6 +3,7 @@
 What may differ: weights rounded once more to int8, activations rounded to int8 per block.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from coeld.model.catalogue import find
 from coeld.model.fetch import fetched
 from coeld.model.store import Store
 from coeld.net.peers import Introduction, PeerPool
+from coeld.routes import Leg
 from tests.conftest import REAL_MODEL
 from tests.harness.engine import swarm_of, swarm_with_table
 from tests.reference import gguf_numpy
@@ -109,6 +111,60 @@ def test_three_devices_say_what_one_device_says(real_store) -> None:
             many, done = three[NODES[index % 3]].answer(f"many {index}", **asked)
             assert done["ev"] == "done", done
             assert one == many, prompt
+    finally:
+        for engine in [*alone.values(), *three.values()]:
+            engine.close()
+
+
+def chain(store, spans=True):
+    """Three engines, ten layers each, and the first decodes through the legs of all; each layer is
+    also the next device's, so that one may go."""
+    manifest = store.manifest(REAL_MODEL)
+    layers = manifest.shape.layers
+    legs = tuple(
+        Leg(node, index * layers // 3, (index + 1) * layers // 3)
+        for index, node in enumerate(NODES)
+    )
+    shares = {
+        leg.node: [
+            lot
+            for lot in manifest.demand().lots()
+            if leg.first <= lot.layer < leg.stop or before.first <= lot.layer < before.stop
+        ]
+        for leg, before in zip(legs, (legs[-1], *legs), strict=False)
+    }
+    table, engines = swarm_with_table(store.root, manifest, shares)
+    for engine in engines.values():
+        engine.say("routes", table=replace(table, legs=legs, spans=legs if spans else ()).to_json())
+    return engines
+
+
+@pytest.mark.parametrize("spans", [True, False], ids=["fused", "cut"])
+def test_a_chain_of_three_devices_says_what_one_device_says(real_store, spans) -> None:
+    """And goes on saying it when the one in the middle is killed."""
+    manifest = real_store.manifest(REAL_MODEL)
+    alone = swarm_of(real_store.root, manifest, {NODES[0]: manifest.demand().lots()})
+    three = chain(real_store, spans)
+    try:
+        if spans:
+            for node, engine in three.items():
+                fused = engine.stats_when(lambda stats: "20 cuts" in stats["steps"], 30)["steps"]
+                assert "20 cuts" in fused, (node, fused)
+        for index, prompt in enumerate(PROMPTS[:2]):
+            asked = {"prompt": prompt, "max_tokens": 32}
+            one, _done = alone[NODES[0]].answer(f"one {index}", **asked)
+            first = three[NODES[0]]
+            first.generate(f"many {index}", **asked)
+            words = []
+            while (message := first.hear("token", "done", "error"))["ev"] == "token":
+                words.append(message["text"])
+                if index == 1 and len(words) == 12:
+                    three[NODES[1]].process.kill()
+            assert (message["ev"], "".join(words)) == ("done", one), prompt
+            if index == 0:
+                first.say("stats")
+                calls = {n: peer["calls"] for n, peer in first.hear("stats")["peers"].items()}
+                assert calls[NODES[1]] == calls[NODES[2]] > 0
     finally:
         for engine in [*alone.values(), *three.values()]:
             engine.close()

@@ -91,10 +91,13 @@ def swarm_with_table(
 ) -> tuple[RouteTable, dict[str, Engine]]:
     engines = {node: Engine(store, node=node) for node in shares}
     ports = {node: engine.hear("ready")["data_port"] for node, engine in engines.items()}
+    owners: dict[Lot, tuple[str, ...]] = {}
+    for node, lots in shares.items():
+        owners |= {lot: (*owners.get(lot, ()), node) for lot in lots}
     table = RouteTable(
         manifest.hash,
         1,
-        {lot: (node,) for node, lots in shares.items() for lot in lots},
+        owners,
         {node: ("127.0.0.1", port) for node, port in ports.items()},
     )
     for node, engine in engines.items():

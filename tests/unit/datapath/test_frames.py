@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, Kind
-from coeld.errors import FrameError
+from coeld.datapath.frames import HEADER, Kind, SpanCall
+from coeld.errors import CacheLost, FrameError, PeerRefused
 
 
 def joined(pieces) -> bytes:
@@ -41,12 +41,47 @@ def test_experts_and_rows_survive_the_journey(seed: int) -> None:
 
 def test_results_and_texts_survive_the_journey() -> None:
     y = np.arange(12, dtype=np.float32).reshape(3, 4)
-    header, payload = opened(joined(frames.pack_result(9, 2, y)))
-    assert np.array_equal(frames.unpack_result(header, payload), y)
+    header, payload = opened(joined(frames.pack_result(9, 2, y, 77)))
+    back, computed_us = frames.unpack_result(header, payload)
+    assert np.array_equal(back, y)
+    assert computed_us == 77
+    header, payload = opened(joined(frames.pack_refusal(5, CacheLost("gone"))))
+    assert isinstance(frames.refusal(payload), CacheLost)
+    header, payload = opened(joined(frames.pack_refusal(5, PeerRefused("no"))))
+    assert type(frames.refusal(payload)) is PeerRefused
     header, payload = opened(joined(frames.pack_text(Kind.ERROR, 5, {"message": "no"})))
     assert "no" in str(frames.refusal(payload))
     header, payload = opened(joined(frames.pack_text(Kind.ERROR, 5, {"message": "é" * 9999})))
     assert header.payload_bytes <= frames.TEXT_BYTES_MAX
+
+
+def test_spans_survive_the_journey_and_freeing_is_a_header() -> None:
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    asked = SpanCall(number=1 << 31, position=99, first=4, stop=9, keep=2)
+    header, payload = opened(joined(frames.pack_span(6, asked, x)))
+    found, back = frames.unpack_span(header, payload)
+    assert (header.kind, header.call_id, found) == (Kind.SPAN, 6, asked)
+    assert np.array_equal(back, x)
+    header, _payload = opened(joined(frames.pack_free(1 << 31)))
+    assert (header.kind, header.call_id) == (Kind.FREE, 1 << 31)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"keep": 0}, {"keep": 4}, {"position": frames.POSITION_MAX - 2}],
+    ids=lambda wrong: str(wrong),
+)
+def test_spans_that_cannot_be_are_refused(wrong) -> None:
+    asked = SpanCall(**{"number": 1, "position": 0, "first": 0, "stop": 2, "keep": 1, **wrong})
+    data = joined(frames.pack_span(6, asked, np.zeros((3, 4), np.float32)))
+    with pytest.raises(FrameError, match="span"):
+        frames.unpack_span(*opened(data))
+
+
+def test_layers_beyond_any_model_are_refused_with_the_header() -> None:
+    asked = SpanCall(1, 0, 1000, 1025, 1)
+    with pytest.raises(FrameError, match="limits"):
+        opened(joined(frames.pack_span(6, asked, np.zeros((1, 4), np.float32))))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -73,7 +108,7 @@ def test_an_expert_named_twice_is_refused() -> None:
 
 
 def test_every_limit_is_enforced_before_anything_is_allocated() -> None:
-    good = (b"CoEL", 2, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
+    good = (b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
     frames.parse_header(HEADER.pack(*good))
     for index, bad in (
         (0, b"HTTP"),
@@ -103,6 +138,8 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
         joined(frames.pack_experts(1, 2, [3, 4], x)),
         joined(frames.pack_experts(1, 2, [3, 4], x, np.ones((2, 2), np.float32))),
         joined(frames.pack_result(1, 2, x)),
+        joined(frames.pack_span(1, SpanCall(1, 5, 0, 8, 1), x)),
+        joined(frames.pack_free(3)),
         joined(frames.pack_text(Kind.HELLO, 0, {"swarm": "s"})),
     ]
     accepted = 0
@@ -121,7 +158,9 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
                 frames.unpack_experts(header, payload)
             elif header.kind is Kind.RESULT:
                 frames.unpack_result(header, payload)
-            else:
+            elif header.kind is Kind.SPAN:
+                frames.unpack_span(header, payload)
+            elif header.kind is not Kind.FREE:
                 frames.unpack_text(payload)
             accepted += 1
         except FrameError:

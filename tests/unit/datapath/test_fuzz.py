@@ -18,7 +18,7 @@ def test_twenty_thousand_damaged_frames_are_refused_or_keep_their_promises() -> 
 
 def test_the_fuzzer_would_notice_a_parser_that_lets_nan_through(monkeypatch) -> None:
     monkeypatch.setattr(
-        frames, "unpack_result", lambda header, payload: fuzz.np.full((1, 1), fuzz.np.nan)
+        frames, "unpack_result", lambda header, payload: (fuzz.np.full((1, 1), fuzz.np.nan), 0)
     )
     with pytest.raises(fuzz.Broken):
         fuzz.fuzz(2_000, seed=1)

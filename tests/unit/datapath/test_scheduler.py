@@ -1,17 +1,21 @@
 """The scheduler with a decoder that counts: fair turns, chunked prompts, every way to end."""
 
-import numpy as np
+from random import Random
 
-from coeld.datapath.request import Cancelled, Request
-from coeld.datapath.scheduler import PREFILL_CHUNK_TOKENS, Scheduler
+import numpy as np
+import pytest
+
+from coeld.datapath.request import Cancelled, LegLost, Request
+from coeld.datapath.sampling import Sampling
+from coeld.datapath.scheduler import LOSSES_MAX, PREFILL_CHUNK_TOKENS, Scheduler
 from coeld.errors import NotCovered
 
 VOCAB = 16
 
 
-class Cache:
+class Journey:
     def __init__(self) -> None:
-        self.length = 0
+        self.tokens: list[int] = []
         self.freed = False
 
     def free(self) -> None:
@@ -24,12 +28,23 @@ class CountingDecoder:
     def __init__(self) -> None:
         self.passes: list[tuple[str, int]] = []
         self.raises: dict[str, Exception] = {}
+        self.lost_after: list[int] = []
+        """Passes after which a way is lost."""
+        self.journeys: list[Journey] = []
 
-    def forward(self, cache, tokens, rows, request):
+    def depart(self) -> Journey:
+        self.journeys.append(Journey())
+        return self.journeys[-1]
+
+    def forward(self, journey, tokens, rows, request):
+        assert not journey.freed
+        if self.lost_after and len(self.passes) == self.lost_after[0]:
+            self.lost_after.pop(0)
+            raise LegLost("gone")
         self.passes.append((request.id, len(tokens)))
         if request.id in self.raises:
             raise self.raises[request.id]
-        cache.length += len(tokens)
+        journey.tokens += tokens
         logits = np.zeros((1, VOCAB), np.float32)
         logits[0, (tokens[-1] + 1) % VOCAB] = 1
         return logits
@@ -53,7 +68,7 @@ class Notes:
 
 
 def play(decoder, *requests: Request) -> None:
-    scheduler = Scheduler(decoder, Cache)
+    scheduler = Scheduler(decoder)
     for request in requests:
         scheduler.submit(request)
     while scheduler.active:
@@ -120,19 +135,59 @@ def test_a_cancelled_request_leaves_without_another_pass() -> None:
     assert notes.end is None
 
 
-def test_whoever_ends_gives_its_cache_back() -> None:
-    caches: list[Cache] = []
-
-    def new_cache() -> Cache:
-        caches.append(Cache())
-        return caches[-1]
-
+def test_whoever_ends_gives_its_caches_back() -> None:
     decoder = CountingDecoder()
     decoder.raises["bad"] = NotCovered("missing", 7)
-    scheduler = Scheduler(decoder, new_cache)
+    scheduler = Scheduler(decoder)
     for name, tokens_max in (("good", 1), ("bad", 2), ("long", 9)):
         scheduler.submit(Request(name, [0], tokens_max, Notes()))
     scheduler.turn()
-    assert [cache.freed for cache in caches] == [True, True, False]
+    assert [journey.freed for journey in decoder.journeys] == [True, True, False]
     scheduler.fail_all(NotCovered("closed", 0))
-    assert (caches[2].freed, scheduler.active) == (True, [])
+    assert (decoder.journeys[2].freed, scheduler.active) == (True, [])
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_lost_way_is_travelled_again_and_nothing_is_said_twice(seed: int) -> None:
+    rng = Random(seed)
+    prompt = [rng.randrange(VOCAB) for _ in range(rng.choice([1, 5, PREFILL_CHUNK_TOKENS + 3]))]
+    decoder, notes = CountingDecoder(), Notes()
+    decoder.lost_after = sorted(rng.randrange(60) for _ in range(rng.randint(1, 4)))
+    request = Request("a", prompt, 12, notes)
+    play(decoder, request)
+    expected = [(prompt[-1] + 1 + step) % VOCAB for step in range(12)]
+    assert notes.tokens == expected, f"seed={seed}"
+    assert decoder.journeys[-1].tokens == (prompt + expected)[:-1], f"seed={seed}"
+    assert all(journey.freed for journey in decoder.journeys)
+    assert len(request.stalls_s) <= len(decoder.journeys) - 1
+
+
+def test_greedy_answers_are_replayed_token_by_token_and_drawn_ones_in_chunks() -> None:
+    for temperature, sizes in ((0.0, [2, 1, 1, 1, 2, 1, 1, 1, 1]), (1e-9, [2, 1, 1, 1, 2, 4])):
+        decoder = CountingDecoder()
+        decoder.lost_after = [4]
+        play(decoder, Request("a", [0, 1], 5, Notes(), Sampling(temperature, seed=1)))
+        assert [count for _id, count in decoder.passes] == sizes
+
+
+def test_a_long_answer_is_not_replayed_token_by_token() -> None:
+    decoder, scheduler = CountingDecoder(), None
+    scheduler = Scheduler(decoder)
+    request = Request("a", [0], 9, Notes())
+    scheduler.submit(request)
+    for _ in range(4):
+        scheduler.turn()
+    request.decode_s = 10.0
+    decoder.lost_after = [4]
+    while scheduler.active:
+        scheduler.turn()
+    assert [count for _id, count in decoder.passes] == [1, 1, 1, 1, 1, 4, 1, 1, 1, 1]
+
+
+def test_a_request_that_gets_nowhere_fails_with_what_to_do() -> None:
+    decoder, notes = CountingDecoder(), Notes()
+    decoder.raises["a"] = LegLost("nobody there")
+    play(decoder, Request("a", [0], 9, notes))
+    assert isinstance(notes.end, NotCovered)
+    assert "nobody there" in str(notes.end)
+    assert len(decoder.journeys) == LOSSES_MAX + 1

@@ -90,7 +90,7 @@ def test_tokens_keep_coming_while_a_change_is_being_prepared(model, expected) ->
     model.fitter.adopt(changes[0])
     model.scheduler.turn()
     assert model.plan == "4 graphs, 3 cuts"
-    model.fitter.settle(changes[0])
+    assert model.fitter.settle()
     finish(model)
     assert listener.tokens == expected
 
@@ -110,14 +110,14 @@ def test_a_change_is_adopted_while_a_load_is_under_way(model, expected) -> None:
     assert model.plan == "4 graphs, 3 cuts"
     disk.opened.set()
     loader.join(WAIT_S)
-    model.fitter.settle(change)
+    assert model.fitter.settle()
     finish(model)
     assert listener.tokens == expected
 
 
-def test_the_decoder_frees_nothing_when_it_adopts(model) -> None:
+def test_old_graphs_are_kept_until_they_are_settled(model) -> None:
     start(model)
-    old = weakref.ref(next(iter(model.trunk._sessions.values())))
+    old = weakref.ref(next(iter(model.trunk.plan.sessions.values())))
     meet_a_peer(model)
     change = model.fitter.prepare()
     assert change is not None
@@ -125,8 +125,27 @@ def test_the_decoder_frees_nothing_when_it_adopts(model) -> None:
     model.scheduler.turn()
     gc.collect()
     assert old() is not None
-    model.fitter.settle(change)
+    change = None
+    assert model.fitter.settle()
     assert old() is None
+
+
+def test_a_part_under_way_ends_on_the_graphs_it_began_with(model) -> None:
+    """And these are let go of only when it has ended: the loader does not wait, it looks again."""
+    lane, cache = model.trunk.lane(), model.trunk.new_cache()
+    x = model.trunk.embed(PROMPT)
+    meet_a_peer(model)
+    change = model.fitter.prepare()
+    assert change is not None
+    with lane.part(cache, x, 0, 3, [8]) as part:
+        model.fitter.adopt(change)
+        assert not model.fitter.settle()
+        assert model.fitter.prepare() is None
+        assert [step.end for step in part.steps] == ["head"]
+        part.run(part.steps[0])
+        logits = part.out().copy()
+    assert model.fitter.settle()
+    assert int(logits[0].argmax()) == start(model).tokens[0]
 
 
 def test_work_side_by_side_comes_back_in_order_and_fails_in_its_turn() -> None:

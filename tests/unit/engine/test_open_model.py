@@ -69,7 +69,7 @@ def test_partly_fused_plans_give_the_logits_of_one_graph(whole, cut, fused) -> N
 @pytest.mark.parametrize("sizes", [(1,) * 40, (7, 1, 1, 20, 11), (39, 1), (16, 24)])
 def test_any_chunks_of_a_prompt_end_in_the_same_logits(whole, sizes) -> None:
     expected = logits_of(whole, TOKENS, [39])
-    cache, at = whole.trunk.new_cache(), 0
+    cache, at = whole.decoder.depart(), 0
     request = Request("r", TOKENS, 0, Silent())
     for size in sizes:
         logits = whole.decoder.forward(cache, TOKENS[at : at + size], [size - 1], request)
@@ -81,13 +81,14 @@ def test_a_growing_cache_keeps_what_it_holds(tiny, tiny_store) -> None:
     model = opened(tiny, tiny_store)
     model.hold_everything()
     tokens = (TOKENS * 7)[:256]
-    cache, request = model.trunk.new_cache(), Request("r", tokens, 0, Silent())
+    journey, request = model.decoder.depart(), Request("r", tokens, 0, Silent())
+    cache = journey.here
     cache._move(32)  # far below the usual minimum, so that it grows several times
     for token in tokens:
         cache_before = cache.capacity
         if cache.length == cache_before:
             cache._move(min(2 * cache_before, 256))
-        logits = model.decoder.forward(cache, [token], [0], request)
+        logits = model.decoder.forward(journey, [token], [0], request)
     assert close(logits, logits_of(model, tokens, [255]))
 
 
@@ -111,7 +112,7 @@ def test_an_answer_that_ended_leaves_no_kv_cache_behind(whole) -> None:
     request = Request("r", TOKENS[:9], 3, Silent())
     whole.scheduler.submit(request)
     whole.scheduler.turn()
-    keys = weakref.ref(request.cache._arrays[0])
+    keys = weakref.ref(request.journey.here._arrays[0])
     while whole.scheduler.active:
         whole.scheduler.turn()
     gc.collect()

@@ -1,0 +1,259 @@
+"""Requests along legs at other devices: real engines on a tiny model, with real sockets."""
+
+import threading
+import time
+from random import Random
+
+import numpy as np
+import pytest
+
+from coeld.datapath.frames import SpanCall
+from coeld.datapath.request import Request
+from coeld.engine.measure import Silent
+from coeld.engine.open_model import OpenModel
+from coeld.errors import CacheLost, PeerRefused
+from coeld.ids import Lot, NodeId
+from coeld.net.peers import Introduction, PeerPool, PeerServer
+from coeld.routes import Leg, RouteTable
+
+A, B, C = (NodeId(letter * 16) for letter in "abc")
+LAYERS, EXPERTS = 3, 8
+LOTS = [Lot(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
+PROMPT, TOKENS = list(range(5, 14)), 20
+DEADLINE_S = 10
+
+
+class Device:
+    """An engine's data path without its process."""
+
+    def __init__(self, manifest, store, node: NodeId, lots=LOTS, guests_max: int = 4) -> None:
+        introduction = Introduction("s", manifest.hash, node)
+        self.node, self.pool = node, PeerPool(introduction, 1.0)
+        self.failed: list[NodeId] = []
+        self.model = OpenModel(
+            manifest, store, me=node, peers=self.pool, context_tokens=256, patience_s=2.0,
+            guests_max=guests_max, on_failure=lambda node, _error: self.failed.append(node),
+        )  # fmt: skip
+        self.model.experts.load(lots)
+        self.server = PeerServer("127.0.0.1", 0)
+        self.server.serve(
+            introduction, manifest.shape.hidden, self.model.experts.run, self.model.welcome
+        )
+
+    def follow(self, table: RouteTable) -> None:
+        self.model.board.pin(table)
+        self.model.refit()
+
+    def submit(self, tokens: int = TOKENS) -> Silent:
+        listener = Silent()
+        self.model.scheduler.submit(Request("r", PROMPT, tokens, listener))
+        return listener
+
+    def answer(self, tokens: int = TOKENS) -> list[int]:
+        listener = self.submit(tokens)
+        self.finish()
+        return listener.tokens
+
+    def finish(self) -> None:
+        while self.model.scheduler.active:
+            self.model.scheduler.turn()
+
+    def close(self) -> None:
+        self.server.close()
+        self.pool.close()
+
+
+def table(devices, legs=(), spans=(), epoch=1) -> RouteTable:
+    owners = {lot: tuple(d.node for d in devices if lot in d.model.experts.lots) for lot in LOTS}
+    addresses = {d.node: (d.server.host, d.server.port) for d in devices}
+    model = devices[0].model.manifest.hash
+    return RouteTable(model, epoch, owners, addresses, legs=tuple(legs), spans=tuple(spans))
+
+
+@pytest.fixture
+def device(tiny, tiny_store):
+    made: list[Device] = []
+
+    def make(node: NodeId, **options) -> Device:
+        made.append(Device(tiny, tiny_store, node, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, tiny_store) -> list[int]:
+    alone = Device(tiny, tiny_store, A)
+    alone.model.refit()
+    alone.close()
+    return alone.answer()
+
+
+def guest_bytes_become(device: Device, wanted: int) -> bool:
+    deadline = time.monotonic() + DEADLINE_S
+    while device.model.guests.bytes != wanted and time.monotonic() < deadline:
+        threading.Event().wait(0.005)
+    return device.model.guests.bytes == wanted
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_legs_give_the_tokens_of_one_device(device, expected, seed: int) -> None:
+    rng = Random(seed)
+    devices = [device(node) for node in (A, B, C)]
+    stops = sorted({rng.randint(1, LAYERS) for _ in range(2)} | {LAYERS})
+    legs = [
+        Leg(rng.choice((A, B, C)), first, stop)
+        for first, stop in zip([0, *stops], stops, strict=False)
+    ]
+    spans = [leg for leg in legs if rng.random() < 0.5]
+    routes = table(devices, legs, spans)
+    for each in devices:
+        each.follow(routes)
+    assert devices[0].answer() == expected, f"seed={seed} {legs} {spans}"
+    asked = {leg.node for leg in legs} - {A}
+    assert {n for n, stats in devices[0].pool.stats().items() if stats.calls} == asked
+    assert all(guest_bytes_become(each, 0) for each in devices)
+
+
+def test_a_span_dispatches_the_experts_that_its_device_lacks(device, expected) -> None:
+    here = [lot for lot in LOTS if lot.expert < 3]
+    devices = [device(A), device(B, lots=here), device(C, lots=sorted(set(LOTS) - set(here)))]
+    routes = table(devices, [Leg(B, 0, 2), Leg(C, 2, 3)])
+    for each in devices:
+        each.follow(routes)
+    assert devices[0].answer() == expected
+    assert devices[1].pool.stats()[A].calls > TOKENS  # A has all: whole layers go to it
+
+
+@pytest.mark.parametrize("when", [0, 1, 2, 7, 19])
+def test_a_device_that_goes_takes_nothing_of_the_answer_along(device, expected, when) -> None:
+    devices = [device(A), device(B), device(C)]
+    routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 2), Leg(C, 2, 3)], [Leg(B, 1, 2)])
+    for each in devices:
+        each.follow(routes)
+    listener = devices[0].submit()
+    for _ in range(when):
+        devices[0].model.scheduler.turn()
+    devices[1].server.close()
+    devices[0].finish()
+    assert listener.tokens == expected
+    assert devices[0].failed == [B]
+    assert guest_bytes_become(devices[2], 0)
+
+
+def test_a_device_that_forgot_is_given_the_tokens_again(device, expected) -> None:
+    devices = [device(A), device(B)]
+    routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 3)], [Leg(B, 1, 3)])
+    for each in devices:
+        each.follow(routes)
+    listener = devices[0].submit()
+    for _ in range(6):
+        devices[0].model.scheduler.turn()
+    request = devices[0].model.scheduler.active[0]
+    devices[0].pool.free(B, request.journey.number)
+    devices[0].finish()
+    assert (listener.tokens, devices[0].failed) == (expected, [])
+    assert len(request.stalls_s) == 1
+
+
+def test_a_span_that_is_no_more_is_run_by_whoever_asks(device, expected) -> None:
+    devices = [device(A), device(B)]
+    routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 3)], [Leg(B, 1, 3)])
+    for each in devices:
+        each.follow(routes)
+    listener = devices[0].submit()
+    for _ in range(6):
+        devices[0].model.scheduler.turn()
+    devices[1].follow(table(devices, spans=[Leg(B, 0, 3)], epoch=2))  # one graph: no border at 1
+    devices[0].finish()
+    assert (listener.tokens, devices[0].failed) == (expected, [])
+
+
+def test_two_devices_that_run_each_others_layers_do_not_wait_for_each_other(
+    device, expected
+) -> None:
+    devices = [device(A), device(B)]
+    spans = [Leg(A, 0, 2), Leg(B, 2, 3)]
+    for each in devices:
+        each.follow(table(devices, spans, spans))
+    answers: dict[NodeId, list[int]] = {}
+
+    def ask(device: Device) -> None:
+        answers[device.node] = device.answer()
+
+    threads = [threading.Thread(target=ask, args=(each,)) for each in devices]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert answers == {A: expected, B: expected}
+
+
+@pytest.fixture
+def host(device):
+    """A device that serves layers 1 and 2, and the rows of a prompt at its border."""
+    made = device(B)
+    made.follow(table([made, device(A)], spans=[Leg(B, 1, 3)]))
+    return made
+
+
+def rows(count: int, hidden: int) -> np.ndarray:
+    return np.random.default_rng(count).standard_normal((count, hidden)).astype(np.float32)
+
+
+def test_a_guest_may_only_go_on_where_it_stopped(host, tiny) -> None:
+    guest, x = host.model.welcome(), rows(4, tiny.shape.hidden)
+    assert guest.span(SpanCall(1, 0, 1, 3, 4), x).shape == (4, tiny.shape.hidden)
+    assert guest.span(SpanCall(1, 4, 1, 3, 1), x).shape == (1, tiny.shape.hidden)
+    for asked in (
+        SpanCall(1, 4, 1, 3, 1),  # repeated
+        SpanCall(1, 9, 1, 3, 1),  # ahead
+        SpanCall(2, 8, 1, 3, 1),  # another request
+        SpanCall(1, 8, 1, 2, 1),  # other layers
+    ):
+        with pytest.raises(CacheLost):
+            guest.span(asked, x)
+    assert guest.span(SpanCall(1, 8, 1, 3, 1), x).shape == (1, tiny.shape.hidden)
+    guest.close()
+    assert host.model.guests.bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (SpanCall(1, 0, 0, 2, 1), "no span"),
+        (SpanCall(1, 0, 1, 4, 1), "a model of 3"),
+        (SpanCall(1, 254, 1, 3, 1), "context here is 256"),
+    ],
+)
+def test_what_a_device_cannot_run_is_refused(host, tiny, asked, why) -> None:
+    guest = host.model.welcome()
+    with pytest.raises(PeerRefused, match=why):
+        guest.span(asked, rows(4, tiny.shape.hidden))
+
+
+def test_guests_together_get_no_more_memory_than_they_may(device, tiny) -> None:
+    made = device(B, guests_max=1)
+    made.follow(table([made, device(A)], spans=[Leg(B, 0, 3)]))
+    x = rows(2, tiny.shape.hidden)
+    first, second = made.model.welcome(), made.model.welcome()
+    first.span(SpanCall(1, 0, 0, 3, 1), x)
+    with pytest.raises(PeerRefused, match="no memory"):
+        second.span(SpanCall(1, 0, 0, 3, 1), x)
+    first.free(1)
+    assert second.span(SpanCall(1, 0, 0, 3, 1), x).shape == (1, tiny.shape.hidden)
+    second.close()
+    assert made.model.guests.bytes == 0
+
+
+def test_caches_of_a_caller_that_vanishes_are_freed(device) -> None:
+    devices = [device(A), device(B)]
+    for each in devices:
+        each.follow(table(devices, [Leg(A, 0, 1), Leg(B, 1, 3)]))
+    devices[0].submit()
+    devices[0].model.scheduler.turn()
+    assert devices[1].model.guests.bytes > 0
+    devices[0].pool.close()
+    assert guest_bytes_become(devices[1], 0)
