@@ -20,7 +20,7 @@ A, B, C = (NodeId(letter * 16) for letter in "abc")
 LAYERS, EXPERTS = 3, 8
 LOTS = [Lot(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 PROMPT, TOKENS = list(range(5, 14)), 20
-DEADLINE_S = 10
+DEADLINE_S = 60
 
 
 class Device:
