@@ -13,7 +13,7 @@ from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import Quiet, owners, unclaimed
-from coeld.deployment.pricing import bids, capacity, claimable
+from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
 from coeld.deployment.proposal import Deliberation
 from coeld.deployment.supply import facts_of
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
@@ -244,13 +244,12 @@ class Node:
 
     def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
         """This device's claims."""
-        rooms = [capacity(record.memory_budget_bytes, demand) for record in self._market()]
         return bundle(
             self.node_id,
             self._lots,
             self._bids.__getitem__,
             rivals,
-            claimable(self._capacity(), rooms, demand),
+            claimable(self._capacity(), self._rooms(demand), demand),
             1 if self.perception.me.sparing else self.config.replicas_max,
             self._barred,
         )
@@ -270,7 +269,9 @@ class Node:
         urgent, settled = (joined and now >= at for at in self._rests()[:2])
         plan = Plan()
         if perception.me.model is not None:
-            wish = Wish(self._won(), self._elsewhere(), self._capacity(), urgent, settled)
+            room = self._capacity()
+            fill = claimable(room, self._rooms(self.demand), self.demand)
+            wish = Wish(self._won(), self._elsewhere(), room, fill, urgent, settled)
             plan = self.migration.plan(wish, self.demand.lot_bytes)
             self._bid_wanted |= bool(plan.load or plan.drop)
             perception.tell(serving=self.migration.serving)
@@ -283,7 +284,8 @@ class Node:
         self._bid_wanted |= self._bid_supply != perception.supply
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
-        missing = len(unclaimed(self._lots, self._leaders())) * demand.lot_bytes
+        count = len(unclaimed(self._lots, self._leaders()))
+        missing = missing_lots(count, self._rooms(demand), demand) * demand.lot_bytes
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
         self._swap(
             self.switchover.update(
@@ -398,6 +400,10 @@ class Node:
     def _capacity(self) -> int:
         assert self.demand is not None
         return capacity(self.perception.me.memory_budget_bytes, self.demand)
+
+    def _rooms(self, demand: ModelDemand) -> list[int]:
+        """For how many lots there is room at each device with the model."""
+        return [capacity(record.memory_budget_bytes, demand) for record in self._market()]
 
     def _won(self) -> dict[Lot, int]:
         claims = self.perception.me.claims

@@ -32,7 +32,7 @@ import demo
 from demo import Failed
 
 from tests.harness.disasters import Disaster, Havoc, schedule
-from tests.harness.lab_swarm import Heard, LabDevice, Size, listen, swarm_in_lab
+from tests.harness.lab_swarm import Heard, LabDevice, Size, Stalls, listen, swarm_in_lab
 from tests.netlab import missing
 
 PROMPTS = ("Why is the sky blue?", "Name three colours.", "A")
@@ -45,7 +45,7 @@ ERROR_S_MAX = 2.0
 PAUSE_S = 0.2
 FILES_MAX, THREADS_MAX, GROWTH_BYTES_MAX = 32, 16, 64 << 20
 """What a process may have more of than when it was first seen at rest."""
-STALL_S, WATCH_S = 1.0, 0.1
+STALL_S = 1.0
 """This program woke so late that the machine itself stood still: being late is no verdict then."""
 
 
@@ -61,7 +61,7 @@ class Outcome:
     refused: int = 0
     silence_s: float = 0.0
     whole_s: float = 0.0
-    stalled_s: float = 0.0
+    stalls: Stalls = field(default_factory=Stalls)
 
 
 class Chaos:
@@ -96,23 +96,16 @@ class Chaos:
             )
             for number in (0, 1)
         ]
-        readers.append(threading.Thread(target=self._watch, args=(over, outcome)))
-        for reader in readers:
-            reader.start()
-        self._havoc(disasters, started)
-        self._whole(outcome)
-        over.set()
-        for reader in readers:
-            reader.join()
+        with Stalls() as outcome.stalls:
+            for reader in readers:
+                reader.start()
+            self._havoc(disasters, started)
+            self._whole(outcome)
+            over.set()
+            for reader in readers:
+                reader.join()
         self._look(outcome)
         return outcome
-
-    def _watch(self, over: threading.Event, outcome: Outcome) -> None:
-        """Does the machine itself stand still?"""
-        while not over.is_set():
-            slept_s = time.monotonic()
-            over.wait(WATCH_S)
-            outcome.stalled_s = max(outcome.stalled_s, time.monotonic() - slept_s - WATCH_S)
 
     def _havoc(self, disasters: Sequence[Disaster], started: float) -> None:
         havoc = Havoc(self.devices)
@@ -150,7 +143,7 @@ class Chaos:
                     return
             else:
                 turn += 1
-                allowed_s = disasters[-1].end_s + WHOLE_S_MAX + outcome.stalled_s
+                allowed_s = disasters[-1].end_s + WHOLE_S_MAX + outcome.stalls.longest_s
                 if time.monotonic() - started > allowed_s:
                     with lock:
                         outcome.broken.append(f"no device answered any more: {heard.error}")
@@ -189,7 +182,7 @@ class Chaos:
         ]
         if not deaths:
             outcome.broken.append(f"a lost answer: {heard.error} ({when})")
-        elif heard.ended_s - max(heard.began_s, *deaths) > ERROR_S_MAX + outcome.stalled_s:
+        elif heard.ended_s - max(heard.began_s, *deaths) > ERROR_S_MAX + outcome.stalls.longest_s:
             outcome.broken.append(f"a dead decoder's answer ended late: {heard.error} ({when})")
         else:
             outcome.lost += 1
@@ -198,7 +191,7 @@ class Chaos:
         devices, since = list(self.devices), time.monotonic()
         while not demo.settled(devices, len(devices)):
             outcome.whole_s = time.monotonic() - since
-            if outcome.whole_s > WHOLE_S_MAX + outcome.stalled_s:
+            if outcome.whole_s > WHOLE_S_MAX + outcome.stalls.longest_s:
                 outcome.broken.append(f"not whole again {outcome.whole_s:.0f} s later")
                 return
             time.sleep(0.05)
@@ -271,8 +264,11 @@ def torment(
             outcome = chaos.run(disasters)
             outcomes.append((seed, outcome))
             print(line(seed, disasters, outcome), flush=True)
-            if outcome.stalled_s > STALL_S:
-                print(f"        the machine stood still for {outcome.stalled_s:.1f} s", flush=True)
+            if outcome.stalls.longest_s > STALL_S:
+                print(
+                    f"        the machine stood still for {outcome.stalls.longest_s:.1f} s",
+                    flush=True,
+                )
             for promise in outcome.broken:
                 print(f"        BROKEN: {promise}", flush=True)
     return outcomes

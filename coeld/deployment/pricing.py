@@ -36,15 +36,26 @@ def capacity(memory_budget_bytes: int, demand: ModelDemand) -> int:
 def claimable(mine: int, everybody: Iterable[int], demand: ModelDemand) -> int:
     """How many of the lots it has room for a device should claim; `everybody`: rooms, mine too.
 
-    Only whole layers, as long as the whole layers of all devices cover the model: a layer that is
-    together costs one call and gives the bits of a single device (see coeld.datapath.dispatch).
+    Parts of layers only where nothing else covers the model: a layer that is together costs one
+    call and gives the bits of a single device (see coeld.datapath.dispatch). Where the model does
+    not fit at all nobody can answer, and a part loaded then would stay when others come.
     """
+    rooms = list(everybody)
+    lots = demand.layers * demand.experts
+    parts = sum(_whole(room, demand) for room in rooms) < lots <= sum(rooms)
+    return mine if parts else _whole(mine, demand)
 
-    def whole(lots: int) -> int:
-        return lots // demand.experts * demand.experts
 
-    enough = sum(map(whole, everybody)) >= demand.layers * demand.experts
-    return whole(mine) if enough else mine
+def missing_lots(unclaimed: int, everybody: Iterable[int], demand: ModelDemand) -> int:
+    """For how many lots there is no room, when so many are unclaimed: room for a part of a layer
+    is room, though it is not claimed."""
+    rooms = list(everybody)
+    left = sum(room - claimable(room, rooms, demand) for room in rooms)
+    return max(0, unclaimed - left)
+
+
+def _whole(lots: int, demand: ModelDemand) -> int:
+    return lots // demand.experts * demand.experts
 
 
 def value_us(model: CostModel, device: int, uses_ppm: int) -> int:

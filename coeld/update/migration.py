@@ -51,6 +51,9 @@ class Wish:
     elsewhere: Collection[Lot]
     """Lots that another present device serves."""
     capacity: int
+    fill: int
+    """What loading may fill up to: less than `capacity` where layers are kept whole, so that room
+    is made and filled by whole layers and no layer is torn on the way."""
     urgent: bool
     """The auction rested long enough to load lots that nobody serves."""
     settled: bool
@@ -133,9 +136,9 @@ class Migration:
         One batch is in flight at a time, so what is decided while it loads is decided on facts.
         """
         drop = self._surplus(wish)
-        room = wish.capacity - len(self._states)
+        room = wish.fill - len(self._states)
         holes, rest = self._wanted(wish)
-        if len(holes) > room:
+        if holes and len(holes) > room:
             drop += self._room_for(holes, wish, len(holes) - room - self._draining(drop), drop)
         self.apply(Move.DROP, drop)
         load: list[Lot] = []

@@ -9,11 +9,14 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import demo
 import psutil
@@ -136,7 +139,7 @@ class Heard:
 
     @property
     def gaps_s(self) -> list[float]:
-        return [b - a for a, b in zip(self.at_s, self.at_s[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.at_s)]
 
     def silence_s(self) -> float:
         """The longest one between two pieces."""
@@ -193,6 +196,35 @@ def _take(heard: Heard, line: bytes, then: Callable[[int], None]) -> None:
             heard.text += piece
             heard.at_s.append(time.monotonic())
             then(len(heard.at_s))
+
+
+class Stalls:
+    """Notices when the machine itself stands still: a thread that wakes much too late.
+
+    What is late then is nobody's fault; who measures says so. Use it as a context.
+    """
+
+    WAKES_S = 0.1
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stalls", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.is_set():
+            slept_s = time.monotonic()
+            self._over.wait(self.WAKES_S)
+            late_s = time.monotonic() - slept_s - self.WAKES_S
+            self.longest_s = max(self.longest_s, late_s)
 
 
 @dataclass(frozen=True)

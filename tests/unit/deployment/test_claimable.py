@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from coeld.deployment.pricing import claimable
+from coeld.deployment.pricing import claimable, missing_lots
 from coeld.ids import ModelHash
 from coeld.view import ModelDemand
 
@@ -18,7 +18,15 @@ def test_a_part_of_a_layer_is_not_claimed_while_whole_layers_cover_the_model() -
 
 def test_every_lot_counts_when_whole_layers_are_not_enough() -> None:
     assert claimable(44, [44, 39], DEMAND) == 44
-    assert claimable(7, [7], DEMAND) == 7
+
+
+def test_where_the_model_does_not_fit_no_layer_is_begun_that_others_would_have_to_complete() -> (
+    None
+):
+    assert claimable(45, [45], DEMAND) == 40
+    assert claimable(7, [7, 45], DEMAND) == 0
+    assert missing_lots(80 - 40, [45], DEMAND) == 35
+    assert missing_lots(0, [45, 43], DEMAND) == 0
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -29,3 +37,5 @@ def test_what_can_be_covered_is_covered(seed: int) -> None:
     claims = [claimable(room, rooms, DEMAND) for room in rooms]
     assert all(claim <= room for claim, room in zip(claims, rooms, strict=True))
     assert (sum(claims) >= 80) == (sum(rooms) >= 80), f"seed={seed}"
+    missing = missing_lots(max(0, 80 - sum(claims)), rooms, DEMAND)
+    assert missing == max(0, 80 - sum(rooms)), f"seed={seed}"

@@ -13,7 +13,7 @@ LOTS = [Lot(layer, e) for layer in range(4) for e in range(2)]
 def wish(
     won: dict[Lot, int], elsewhere: Collection[Lot] = (), capacity: int = 8, settled: bool = True
 ) -> Wish:
-    return Wish(won, set(elsewhere), capacity, urgent=True, settled=settled)
+    return Wish(won, set(elsewhere), capacity, capacity, urgent=True, settled=settled)
 
 
 def holding(lots: Collection[Lot]) -> Migration:
@@ -99,3 +99,11 @@ def test_failed_lots_are_tried_again_later_and_later() -> None:
     assert migration.barred(59.0) == {LOTS[0]}
     assert migration.retry_at(0.0) == 60.0
     assert migration.barred(60.0) == set()
+
+
+def test_room_is_made_and_filled_by_whole_layers_where_there_is_room_for_one_lot_more() -> None:
+    migration = holding(LOTS[:4])
+    want = Wish(dict.fromkeys(LOTS[2:6], 0), set(LOTS[:2]), 5, 4, urgent=True, settled=False)
+    assert migration.plan(want, 1) == Plan(drop=tuple(LOTS[:2]))
+    migration.apply(Move.DROPPED, LOTS[:2])
+    assert migration.plan(want, 1) == Plan(load=tuple(LOTS[4:6]))

@@ -1,0 +1,355 @@
+"""What each fault costs: real devices with the real model on an emulated wired network.
+
+For each fault a long greedy answer is asked of device-1; in the middle of it the fault begins, and
+ends LASTS_S later where it has an end. A row of the table says
+
+    longest silence   between two pieces of that answer; where its own device dies, until it fails
+    whole again       from the end of the fault until every device sees every other one, every
+                      expert has an owner and all agree on the routes
+    text              whether the answer is that of the undisturbed swarm
+    afterwards        whether every device gives that answer again
+
+Where lots are held twice ("replica") a device that dies leaves an owner behind, else some of its
+lots have to be loaded from disk by the others. Exit status 1 if a row breaks a promise.
+"""
+
+import argparse
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import demo
+
+from coeld.model.store import Store, default_store
+from tests.harness.disasters import Disaster, Havoc
+from tests.harness.lab_swarm import (
+    BROKER,
+    Heard,
+    LabDevice,
+    Stalls,
+    listen,
+    start_mosquitto,
+    swarm_in_lab,
+)
+from tests.netlab import missing
+
+PROMPT = "Write a long story about a lighthouse keeper and a young engineer."
+TOKENS, SHORT_TOKENS = 300, 40
+AT_PIECE = 20
+LASTS_S = 10.0
+SETTLE_S_MAX = 60.0
+SILENCE_S_MAX = {"replica": 1.5, "disk": 5.0, "decoder": 1.5}
+"""By what is left when a device is gone."""
+
+
+@dataclass
+class Row:
+    fault: str
+    left: str
+    heard: Heard
+    whole_s: float
+    same: bool
+    afterwards: bool
+    fault_s: float = 0.0
+
+    @property
+    def silence_s(self) -> float:
+        """The longest one that reached beyond the beginning of the fault."""
+        times = [*self.heard.at_s, self.heard.ended_s]
+        return max(
+            (b - a for a, b in pairwise(times) if b > self.fault_s),
+            default=0.0,
+        )
+
+    @property
+    def kept(self) -> bool:
+        return self.same and self.afterwards and self.silence_s <= SILENCE_S_MAX[self.left]
+
+    def __str__(self) -> str:
+        end = self.heard.reason or "broken: " + self.heard.error
+        text = "same" if self.same else f"not the same ({end[:60]})"
+        if self.left == "decoder":
+            text = f"{text}; a clear error: {self.heard.error[:60]}"
+        return (
+            f"| {self.fault} | {self.left} | {self.silence_s:.2f} s | {self.whole_s:.1f} s "
+            f"| {text} | {'all answer the same' if self.afterwards else 'NOT ALL'} |"
+        )
+
+
+class Bench:
+    """One swarm that meets one fault after the other."""
+
+    def __init__(self, devices: Sequence[LabDevice], tokens: int = TOKENS) -> None:
+        self.devices, self.tokens = list(devices), tokens
+        self.asker = devices[0]
+        self.havoc = Havoc(devices)
+        self.names = [device.name for device in devices]
+        demo.wait_settled(self.devices, len(devices), time.monotonic())
+        self.text = listen(self.asker, PROMPT, tokens).text
+        self.short = listen(self.asker, PROMPT, SHORT_TOKENS).text
+
+    def owner(self) -> LabDevice:
+        """Of the others, the one that serves most."""
+        return max(self.devices[1:], key=demo.lots_served)
+
+    def twice(self) -> None:
+        """Wait until every lot is served twice."""
+
+        def served() -> bool:
+            status = self.asker.status()
+            if status is None:
+                return False
+            node = status["node"]
+            return bool(
+                sum(m["serving"] for m in node["members"]) >= 2 * node["routes"]["total"] > 0
+            )
+
+        wait(served)
+        demo.wait_settled(self.devices, len(self.devices), time.monotonic())
+
+    def row(
+        self,
+        fault: str,
+        left: str,
+        begin: Callable[[], None],
+        end: Callable[[], None] | None = None,
+    ) -> Row:
+        """One answer with the fault in it. Prints the row."""
+        began: list[float] = []
+        acts: list[threading.Thread] = []
+
+        def act() -> None:
+            began.append(time.monotonic())
+            begin()
+            if end is not None:
+                time.sleep(max(0.0, began[0] + LASTS_S - time.monotonic()))
+                end()
+
+        def then(pieces: int) -> None:
+            if pieces == AT_PIECE:
+                acts.append(threading.Thread(target=act))
+                acts[0].start()
+
+        with Stalls() as stalls:
+            heard = listen(self.asker, PROMPT, self.tokens, then)
+        for thread in acts:
+            thread.join()
+        whole_s = demo.wait_settled(self.devices, len(self.devices), time.monotonic())
+        same = heard.text == self.text
+        if left == "decoder":
+            retry = listen(self.devices[1], PROMPT, self.tokens)
+            same = not heard.reason and retry.text == self.text
+        afterwards = all(listen(d, PROMPT, SHORT_TOKENS).text == self.short for d in self.devices)
+        row = Row(fault, left, heard, whole_s, same, afterwards, began[0] if began else 0.0)
+        if stalls.longest_s > 0.3:
+            row.fault += f" (the machine stood still for {stalls.longest_s:.1f} s)"
+        print(row, flush=True)
+        return row
+
+    def disaster(self, fault: str, left: str, kind: str, victim: str, other: str = "") -> Row:
+        what = Disaster(kind, victim, other, 0.0, LASTS_S)
+        return self.row(fault, left, lambda: self.havoc.begin(what), lambda: self.havoc.end(what))
+
+
+def wait(check: Callable[[], object], timeout_s: float = SETTLE_S_MAX) -> None:
+    end = time.monotonic() + timeout_s
+    while not check():
+        if time.monotonic() > end:
+            raise demo.Failed("it did not happen in time")
+        time.sleep(0.05)
+
+
+def others(bench: Bench, left: str) -> Iterator[Row]:
+    """Faults of devices that are not the asked one, and of links."""
+    me, owner = bench.asker.name, bench.owner
+    yield bench.disaster("owner killed, back after 10 s", left, "kill", owner().name)
+    yield bench.disaster("owner frozen for 10 s", left, "freeze", owner().name)
+    yield bench.disaster("owner cut off from all for 10 s", left, "isolate", owner().name)
+    yield bench.disaster("link to the owner cut for 10 s", left, "cut", me, owner().name)
+
+
+def with_replicas(folder: Path) -> Iterator[Row]:
+    with swarm_in_lab(folder, [budget_mb(2 / 3)] * 3) as devices:
+        bench = Bench(devices)
+        bench.twice()
+        me = bench.asker.name
+        for row in others(bench, "replica"):
+            yield row
+            bench.twice()
+        victim = bench.owner().name
+        yield bench.disaster(
+            "owner's agent killed, back after 10 s", "replica", "kill agent", victim
+        )
+        bench.twice()
+        yield bench.disaster("owner's engine killed", "replica", "kill engine", bench.owner().name)
+        bench.twice()
+        victim = bench.owner().name
+        yield bench.disaster("asked > owner: nothing passes, 10 s", "replica", "mute", me, victim)
+        bench.twice()
+        victim = bench.owner().name
+        yield bench.disaster("owner > asked: nothing passes, 10 s", "replica", "mute", victim, me)
+        bench.twice()
+        yield bench.disaster("30 % of all packets lost for 10 s", "replica", "loss", me, me)
+
+
+def from_disk(folder: Path) -> Iterator[Row]:
+    with swarm_in_lab(folder, [demo.budget_mb(3)] * 3) as devices:
+        bench = Bench(devices)
+        yield from others(bench, "disk")
+        yield bench.disaster("asked device killed", "decoder", "kill", bench.asker.name)
+        yield bench.disaster(
+            "asked device's engine killed", "decoder", "kill engine", bench.asker.name
+        )
+        yield bench.disaster(
+            "all killed, all back after 10 s", "decoder", "restart all", bench.asker.name
+        )
+        yield older_state(bench)
+
+
+def older_state(bench: Bench) -> Row:
+    """A device comes back with the state directory of three lives ago."""
+    victim = bench.owner()
+    kept = victim.folder / "state.old"
+    shutil.copytree(victim.folder / "state", kept, ignore=shutil.ignore_patterns("lock"))
+    for _ in range(2):
+        victim.kill()
+        victim.start()
+        demo.wait_settled(bench.devices, 3, time.monotonic())
+
+    def back() -> None:
+        shutil.copytree(kept, victim.folder / "state", dirs_exist_ok=True)
+        victim.start()
+
+    return bench.row("owner killed, back with an older state", "disk", victim.kill, back)
+
+
+def mosquitto(folder: Path) -> Iterator[Row]:
+    with swarm_in_lab(folder, [budget_mb(2 / 3)] * 3, mosquitto=True) as devices:
+        bench = Bench(devices)
+        bench.twice()
+        lab = bench.asker.lab
+
+        def stop() -> None:
+            for pid in lab.pids(BROKER):
+                signal_(pid)
+
+        def start() -> None:
+            start_mosquitto(lab, folder)
+
+        yield bench.row("external broker killed, back after 10 s", "replica", stop, start)
+        victim = bench.owner()
+
+        def both() -> None:
+            stop()
+            victim.kill()
+
+        def both_back() -> None:
+            start()
+            victim.start()
+
+        yield bench.row("external broker and an owner killed", "replica", both, both_back)
+
+
+def during_load(folder: Path) -> Iterator[Row]:
+    with swarm_in_lab(folder, [demo.budget_mb(3)] * 4) as devices:
+        bench = Bench(devices)
+        first = bench.owner()
+        second = next(d for d in bench.devices[1:] if d is not first)
+
+        def begin() -> None:
+            first.kill()
+            before = demo.lots_served(second)
+            wait(
+                lambda: demo.lots_served(second) > before
+            )  # it takes over, one batch after the other
+            second.kill()
+
+        def end() -> None:
+            first.start()
+            second.start()
+
+        yield bench.row("owner killed, and the one that loads for it", "disk", begin, end)
+
+
+def during_transfer(folder: Path) -> Iterator[Row]:
+    slow = "blob_mb_per_s = 5"
+    with swarm_in_lab(folder, [budget_mb(2 / 3)] * 3, network=slow) as devices:
+        bench = Bench(devices)
+        bench.twice()
+        new, holder = bench.devices[2], bench.devices[1]
+
+        def begin() -> None:
+            new.kill()
+            path = new.folder / "agent.toml"
+            store = f'store_dir = "{new.folder}/store"'
+            path.write_text(path.read_text().replace(f'store_dir = "{default_store()}"', store))
+            new.start()
+            wait(lambda: (s := new.status()) and s["weights"]["fetched_bytes"] > 5e6)
+            holder.kill()
+
+        yield bench.row("holder killed while weights are fetched", "replica", begin, holder.start)
+        assert Store(new.folder / "store").names()
+
+
+def signal_(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def budget_mb(share: float) -> int:
+    """Megabytes for the trunk and that share of all experts, rounded up to a layer."""
+    manifest = Store(default_store()).manifest(demo.MODEL)
+    layer_bytes = manifest.shape.experts * manifest.demand().lot_bytes
+    layers = math.ceil(manifest.shape.layers * share)
+    return math.ceil((manifest.trunk_bytes + layers * layer_bytes) / 1e6)
+
+
+SCENES = {
+    "replicas": with_replicas,
+    "disk": from_disk,
+    "mosquitto": mosquitto,
+    "load": during_load,
+    "transfer": during_transfer,
+}
+
+
+@contextmanager
+def scratch(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="coeld-faults-") as folder:
+        yield Path(folder)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--keep", type=Path, help="a folder for logs that stays")
+    arguments = parser.parse_args()
+    if reason := missing():
+        print(f"{reason}.", file=sys.stderr)
+        return 2
+    demo.ORGANISE_S_MAX = SETTLE_S_MAX
+    print("| fault | what is left | longest silence | whole again | text | afterwards |")
+    print("|---|---|---|---|---|---|", flush=True)
+    rows = []
+    with scratch(arguments.keep) as folder:
+        for name in arguments.only:
+            rows += list(SCENES[name](folder / name))
+    return int(not all(row.kept for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
