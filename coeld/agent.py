@@ -46,6 +46,7 @@ from coeld.events import (
     Tick,
 )
 from coeld.host import state_dir
+from coeld.host.disk import Disk
 from coeld.host.notify import notify
 from coeld.host.places import Places, places
 from coeld.host.sensors import Sensors
@@ -78,7 +79,11 @@ class Agent:
         self._dropped = 0
         self._stop = asyncio.Event()
         self._rng = Random()
-        self._sensors = Sensors(config.memory.budget_mb)
+        self._sensors = Sensors(
+            config.memory.budget_mb,
+            config.device.battery_percent,
+            Disk(where.store_dir, where.state_dir / "disk.json"),
+        )
         self._clock = asyncio.get_running_loop().time
 
     async def run(self) -> None:
@@ -177,7 +182,7 @@ class Agent:
         self._inbox.put_nowait(event)
 
     def _resources(self) -> ResourcesSampled:
-        return ResourcesSampled(self._sensors.sample(*self._engine.speeds))
+        return ResourcesSampled(self._sensors.sample(self._engine.speeds, self._engine.pid))
 
     async def _drive_node(self) -> None:
         while True:
@@ -218,6 +223,7 @@ class Agent:
                 assert_never(effect)
 
     async def _sample(self) -> None:
+        await asyncio.to_thread(self._sensors.disk.measure)
         while True:
             self._deliver(self._resources())
             await asyncio.sleep(SAMPLE_S)
@@ -256,7 +262,6 @@ class Agent:
         return self._engine.generate(request)
 
     async def status(self) -> dict[str, Any]:
-        memory = self._sensors.at_start
         return {
             "versions": {"coeld": __version__, "python": platform.python_version()},
             "node": self._node.status(),
@@ -269,12 +274,12 @@ class Agent:
                 "kernels": self._engine.kernels.table() if self._engine.kernels else {},
                 "stats": await self._engine.stats(),
             },
+            "sensors": self._sensors.status(),
             "weights": self._weights.status(),
             "bus": self._bus.status() | {"inbox_dropped": self._dropped},
             "agent": {
                 "pid": os.getpid(),
                 "rss_bytes": self._sensors.own_rss_bytes(),
-                "memory_total_bytes": memory.total_bytes,
                 "budget_is_measured": self._sensors.budget_is_measured,
                 "state_dir": str(self._where.state_dir),
                 "store_dir": str(self._where.store_dir),

@@ -54,6 +54,13 @@ class Device:
         0,
         1_000_000_000,
     )
+    battery_percent: int = _key(
+        30,
+        "On a battery with less charge than this, the device takes only parts that no other can "
+        "hold. Higher spares the battery more. 0 = never spare it.",
+        0,
+        100,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +69,10 @@ class Memory:
 
     budget_mb: int = _key(
         0,
-        "Megabytes (10^6 bytes) of weights this device may hold, trunk and experts together. "
-        "0 = measure: 60 % of the memory that is available at start (of the cgroup's limit, if it "
-        "is lower); the rest is for key-value caches, buffers and everything else that runs here.",
+        "Megabytes (10^6 bytes) of weights this device may hold, trunk and experts together; less "
+        "while there is less memory. 0 = measure: 60 % of the memory that coeld has or could have "
+        "(within the cgroup's limit, if it is lower); the rest is for key-value caches, buffers "
+        "and everything else that runs here.",
         0,
         10_000_000,
     )

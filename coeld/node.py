@@ -162,7 +162,7 @@ class Node:
             case CallFailed(node):
                 self.perception.membership.suspect(node, now)
             case ResourcesSampled(resources):
-                if self.told.sample(resources):
+                if self.told.sample(resources, now):
                     self._tell_resources()
             case EngineStarted():
                 self._engine_started(event, now)

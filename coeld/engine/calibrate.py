@@ -7,14 +7,13 @@ matters most comes first. What was measured is remembered on disk under everythi
 on a machine takes that time; a machine that was busy measured too little and is not remembered.
 """
 
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import onnxruntime as ort
@@ -24,6 +23,7 @@ from coeld.engine.kernels import KINDS, ROWS, Kernels, Kind, Timing
 from coeld.engine.sessions import make_session
 from coeld.errors import FrameError
 from coeld.host.clock import allowed_mhz
+from coeld.host.remembered import recall, remember
 from coeld.model.manifest import Form
 
 LIMIT_S: Final = 1.2
@@ -33,7 +33,6 @@ RUN_S: Final = 0.08
 """Longest that one kernel with one number of rows is repeated."""
 BUSY: Final = 0.5
 """Load per core (1 minute) from which on measurements are not remembered."""
-CACHE_BYTES_MAX: Final = 64 * 1024
 FORM: Final = Form(8, 64)
 WIDTH: Final = 1024
 ROWS_OUT: Final = 32768
@@ -59,11 +58,12 @@ def calibrate(cache: Path, threads: int) -> Kernels:
         "clock_mhz": clock_mhz,
         "onnxruntime": ort.__version__,
     }
-    if (known := _remembered(cache, depends_on)) is not None:
-        return known
-    kernels = measure(clock_mhz)
+    try:
+        return replace(Kernels.from_json(recall(cache, depends_on)), remembered=True)
+    except FrameError:
+        kernels = measure(clock_mhz)
     if os.getloadavg()[0] < BUSY * len(os.sched_getaffinity(0)):
-        _remember(cache, depends_on, kernels)
+        remember(cache, depends_on, kernels.to_json())
     return kernels
 
 
@@ -239,7 +239,7 @@ def _best_us(run: Callable[[int], object]) -> int:
     return max(1, round(best_s * 1e6))
 
 
-# ---- what is remembered ---------------------------------------------------------------------
+# ---- what it depends on ---------------------------------------------------------------------
 
 
 def _cpu_name() -> str:
@@ -259,30 +259,3 @@ def _quota() -> str:
         return (Path("/sys/fs/cgroup") / own.lstrip("/") / "cpu.max").read_text().strip()
     except OSError:
         return ""
-
-
-def _remembered(cache: Path, depends_on: dict[str, Any]) -> Kernels | None:
-    """None: never measured, or under other conditions, or what is there makes no sense."""
-    try:
-        with cache.open("rb") as file:
-            value = json.loads(file.read(CACHE_BYTES_MAX))
-        if value["depends_on"] != depends_on:
-            return None
-        return Kernels.from_json(value["kernels"] | {"remembered": True})
-    except (OSError, ValueError, KeyError, TypeError, FrameError):
-        return None
-
-
-def _remember(cache: Path, depends_on: dict[str, Any], kernels: Kernels) -> None:
-    """Whole or not at all; a disk that is full costs a measurement at the next start."""
-    text = json.dumps({"depends_on": depends_on, "kernels": kernels.to_json()})
-    try:
-        handle, name = tempfile.mkstemp(dir=cache.parent, prefix=".calibration")
-    except OSError:
-        return
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).replace(cache)
-    except OSError:
-        Path(name).unlink(missing_ok=True)

@@ -1,122 +1,90 @@
-"""What this machine has and how busy it is: memory, the cgroup's limit, CPU load.
+"""What this machine has and how it is: one sample of everything, for the swarm and for people.
 
-A container or a systemd MemoryMax= limits a daemon below what the machine has, and what exceeds it
-is killed, so the limit counts as the machine's size. Both cgroup versions are read from the file
-system; a missing or odd file means "no limit".
+The budget follows what is really there. Measured, it is a share of the memory that the engine has
+or could still have; configured, it is what was asked for as far as there is memory. Speeds are
+those that the engine measured of its kernels, lowered in proportion while the processor's clock is
+held back. What of this is worth telling others is decided elsewhere (coeld.perception.resources).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Final
 
 import psutil
 
+from coeld.host.battery import read_battery, spares
+from coeld.host.clock import HeatSensor
+from coeld.host.disk import Disk
+from coeld.host.gpu import GpuSensor
+from coeld.host.memory import anonymous_bytes, read_memory
+from coeld.host.small_files import ROOT
 from coeld.view import Resources
 
-BUDGET_FRACTION = 0.6
-"""Of the available memory, when no budget is configured."""
-LOAD_SMOOTHING = 0.3
-"""Weight of the newest CPU sample in the exponential mean."""
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-OWN_CGROUPS = Path("/proc/self/cgroup")
+BUDGET_FRACTION: Final = 0.6
+"""Of the memory that the engine has or could have, when no budget is configured."""
+SMOOTHING: Final = 0.3
+"""Weight of the newest sample of load and memory in their exponential means."""
 
-
-@dataclass(frozen=True, slots=True)
-class MemoryReading:
-    """Bytes, with the cgroup's limit applied."""
-
-    total_bytes: int
-    available_bytes: int
-
-
-def read_memory() -> MemoryReading:
-    """What there is and what a new process could still take."""
-    machine = psutil.virtual_memory()
-    limit, used = cgroup_memory()
-    total = min(machine.total, limit) if limit else machine.total
-    available = machine.available
-    if limit:
-        available = min(available, max(limit - used, 0))
-    return MemoryReading(total, available)
-
-
-def cgroup_memory(root: Path = CGROUP_ROOT, own: Path = OWN_CGROUPS) -> tuple[int, int]:
-    """(limit, used) bytes of the tightest cgroup around this process; (0, 0) without a limit.
-
-    Page cache counts as used in version 1 and 2 alike, although the kernel would give it back;
-    the inactive part of it is therefore subtracted.
-    """
-    tightest = (0, 0)
-    for directory, limit_file, used_file in _cgroups(root, own):
-        limit = _number(directory / limit_file)
-        if limit <= 0 or limit >= 1 << 60:  # version 1 says "no limit" with a huge number
-            continue
-        used = _number(directory / used_file) - _inactive_file(directory / "memory.stat")
-        room = limit - max(used, 0)
-        if tightest[0] == 0 or room < tightest[0] - tightest[1]:
-            tightest = (limit, max(used, 0))
-    return tightest
-
-
-def _cgroups(root: Path, own: Path) -> list[tuple[Path, str, str]]:
-    """This process's memory cgroup and all around it, innermost first."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = root, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        inner = base / path.lstrip("/")
-        ring = [inner, *inner.parents]
-        found += [(place, *names) for place in ring if place == base or base in place.parents]
-    return found
-
-
-def _number(path: Path) -> int:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent, or "max"
-        return 0
-
-
-def _inactive_file(path: Path) -> int:
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return 0
-    values = dict(line.split(" ", 1) for line in lines if " " in line)
-    text = values.get("total_inactive_file", values.get("inactive_file", "0"))
-    return int(text) if text.isdigit() else 0
+Speeds = tuple[int, int, int]
+"""MB/s of weights in decode, weight bytes × rows per microsecond, clock in MHz meanwhile; 0s:
+not known."""
 
 
 class Sensors:
-    """Samples this machine; the budget is fixed at start so that the auction sees no jitter."""
+    """Samples this machine; smooths what wobbles."""
 
-    def __init__(self, budget_mb: int) -> None:
-        self.at_start = read_memory()
-        measured = int(self.at_start.available_bytes * BUDGET_FRACTION)
-        self.budget_bytes = budget_mb * 1_000_000 if budget_mb else measured
+    def __init__(
+        self, budget_mb: int, battery_least_percent: int, disk: Disk, root: Path = ROOT
+    ) -> None:
+        self._root, self._budget_bytes = root, budget_mb * 1_000_000
+        self._battery_least_percent = battery_least_percent
         self.budget_is_measured = budget_mb == 0
+        self.disk = disk
+        self._heat, self._gpus = HeatSensor(root), GpuSensor(root)
         self._load_percent = psutil.cpu_percent()
+        self._room_bytes = float(read_memory(root).available_bytes)
+        self._sparing = False
+        self._shown: dict[str, Any] = {}
 
-    def sample(self, kernel_mb_per_s: int, row_mb_per_s: int) -> Resources:
-        """One measurement; the speeds are what the engine measured of itself."""
-        now = psutil.cpu_percent()
-        self._load_percent += LOAD_SMOOTHING * (now - self._load_percent)
-        return Resources(
-            memory_budget_bytes=self.budget_bytes,
-            memory_available_bytes=read_memory().available_bytes,
+    def sample(self, speeds: Speeds = (0, 0, 0), engine_pid: int | None = None) -> Resources:
+        """One measurement; `engine_pid`: whose memory counts as ours to use."""
+        memory, heat, battery = read_memory(self._root), self._heat.read(), read_battery(self._root)
+        held = anonymous_bytes(engine_pid, self._root) if engine_pid else 0
+        self._room_bytes += SMOOTHING * (memory.available_bytes + held - self._room_bytes)
+        self._load_percent += SMOOTHING * (psutil.cpu_percent() - self._load_percent)
+        self._sparing = spares(battery, self._battery_least_percent, self._sparing)
+        kernel, row, measured_mhz = speeds
+        slowed = heat.clock_mhz if 0 < heat.clock_mhz < measured_mhz else measured_mhz
+        fresh = Resources(
+            memory_budget_bytes=self._budget(),
+            memory_available_bytes=memory.available_bytes,
             cpu_load_percent=min(100, max(0, round(self._load_percent))),
-            kernel_mb_per_s=kernel_mb_per_s,
-            row_mb_per_s=row_mb_per_s,
+            kernel_mb_per_s=_in_proportion(kernel, slowed, measured_mhz),
+            row_mb_per_s=_in_proportion(row, slowed, measured_mhz),
+            memory_pressure_percent=memory.pressure_percent,
+            sparing=self._sparing,
         )
+        self._shown = {
+            "memory": asdict(memory) | {"budget_bytes": fresh.memory_budget_bytes},
+            "heat": asdict(heat),
+            "battery": asdict(battery) | {"spared": self._sparing} if battery else None,
+        }
+        return fresh
+
+    def status(self) -> dict[str, Any]:
+        """The last sample, the disk and the graphics processors, as plain JSON."""
+        disk = {"free_bytes": self.disk.free_bytes, "read_mb_per_s": self.disk.read_mb_per_s}
+        return self._shown | {"disk": disk, "gpus": [asdict(gpu) for gpu in self._gpus.read()]}
 
     def own_rss_bytes(self) -> int:
         """Resident bytes of this process."""
         return int(psutil.Process().memory_info().rss)
+
+    def _budget(self) -> int:
+        if self.budget_is_measured:
+            return int(self._room_bytes * BUDGET_FRACTION)
+        return min(self._budget_bytes, int(self._room_bytes))
+
+
+def _in_proportion(speed: int, part: int, whole: int) -> int:
+    return speed * part // whole if whole else speed

@@ -131,11 +131,13 @@ class EngineLink:
         self.restarts = 0
 
     @property
-    def speeds(self) -> tuple[int, int]:
-        """MB/s in decode, and weight bytes × rows per microsecond, of the open model's kernels."""
+    def speeds(self) -> tuple[int, int, int]:
+        """Of the open model's kernels: MB/s in decode, weight bytes × rows per microsecond, and
+        the clock in MHz that was allowed while they were measured; 0: not known."""
         if self.kernels is None:
-            return 0, 0
-        return self.kernels.speeds(routed=self.model is not None and self.model.top_k > 0)
+            return 0, 0, 0
+        routed = self.model is not None and self.model.top_k > 0
+        return *self.kernels.speeds(routed), self.kernels.clock_mhz
 
     @property
     def pid(self) -> int | None:

@@ -14,6 +14,13 @@ from coeld.view import Resources
 BUDGET_SHRINK = 0.10
 BUDGET_GROWTH = 0.25  # less memory is urgent, more is not; the band is wider than noise of ±10 %
 LOAD_POINTS = 20
+PRESSED_PERCENT = 10
+CALM_PERCENT = 1
+SQUEEZE_S = 30.0
+RELAX_S = 120.0
+"""After a change, before memory is given up, or taken again: pressure is a mean over a minute."""
+SQUEEZED_MIN = 50
+"""Percent of the budget that stay in any case."""
 SPEED_STEP = 1.5
 SPEED_BAND = 1.1  # steps: half a step is rounding, the rest is wider than noise of ±10 %
 
@@ -23,20 +30,42 @@ def stepped_speed(mb_per_s: int) -> int:
     return 0 if mb_per_s == 0 else round(SPEED_STEP ** round(math.log(mb_per_s, SPEED_STEP)))
 
 
+class Squeeze:
+    """How much of the budget to use: less while programs wait for memory, back when they do not.
+
+    Memory may be "available" and yet thrashed: then weights that are read back from disk again and
+    again cost everybody more than they are worth. systemd-oomd kills at 60 % of pressure.
+    """
+
+    def __init__(self) -> None:
+        self.percent = 100
+        self._changed_at = float("-inf")
+
+    def budget(self, fresh: Resources, now: float) -> int:
+        """Bytes to tell of, given the pressure of the last minute."""
+        pressure, since_s = fresh.memory_pressure_percent, now - self._changed_at
+        if pressure >= PRESSED_PERCENT and since_s >= SQUEEZE_S and self.percent > SQUEEZED_MIN:
+            self.percent, self._changed_at = max(SQUEEZED_MIN, self.percent * 4 // 5), now
+        elif pressure <= CALM_PERCENT and since_s >= RELAX_S and self.percent < 100:
+            self.percent, self._changed_at = min(100, self.percent * 5 // 4 + 1), now
+        return fresh.memory_budget_bytes * self.percent // 100
+
+
 class Told:
     """What this device last told the swarm of its resources."""
 
     def __init__(self) -> None:
         self.resources: Resources | None = None
+        self.squeeze = Squeeze()
 
-    def sample(self, fresh: Resources) -> bool:
+    def sample(self, fresh: Resources, now: float) -> bool:
         """Note a measurement; True if it matters, and then `resources` is new.
 
         Each quantity keeps what was told of it unless it left its own band: else one quantity's
         news would carry the noise of the others.
         """
         told = self.resources
-        budget = fresh.memory_budget_bytes
+        budget = self.squeeze.budget(fresh, now)
         speeds = fresh.kernel_mb_per_s, fresh.row_mb_per_s
         if told is None:
             kernel, row = map(stepped_speed, speeds)

@@ -4,13 +4,17 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from coeld.config import load
 from coeld.errors import CoeldError
 from coeld.host.places import places
 from coeld.model.store import Store
 from coeld.ui.client import add_socket_options, get_json, socket_of
+
+PRESSED_PERCENT: Final = 10
+"""From here on the budget shrinks as well (coeld.perception.resources)."""
+DISK_FREE_MIN: Final = 200_000_000
 
 
 class Check(NamedTuple):
@@ -59,6 +63,7 @@ def checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield Check("daemon", f"answers on {socket}")
     trouble = status["engine"]["trouble"]
     yield Check("engine", "not ready" if trouble else f"has {status['engine']['model']}", trouble)
+    yield from _machine(status["sensors"])
     yield _swarm(status["node"])
 
 
@@ -71,6 +76,44 @@ def _model(store: Store) -> Check:
         advice = "Install one: coeld model add smollm2-135m-instruct"
         return Check("model", f"none in {store.root}", advice)
     return Check("model", ", ".join(names))
+
+
+def _machine(sensors: dict[str, Any]) -> Iterator[Check]:
+    """Memory, heat, battery and disk, where this machine has them."""
+    memory, battery, disk = sensors["memory"], sensors["battery"], sensors["disk"]
+    found = f"{memory['available_bytes'] / 1e6:,.0f} of {memory['total_bytes'] / 1e6:,.0f} MB free"
+    advice = ""
+    if memory["pressure_percent"] >= PRESSED_PERCENT:
+        found += f", programs wait for it {memory['pressure_percent']} % of the time"
+        advice = "More memory is wanted than there is: end something, or lower memory.budget_mb."
+    yield Check("memory", found, advice)
+    yield from _heat(sensors["heat"])
+    if battery:
+        low = "Plug it in: until then it takes only parts that no other device can hold."
+        yield Check("battery", f"{battery['percent']} %", low if battery["spared"] else "")
+    speed = f", reads {disk['read_mb_per_s']:,} MB/s" if disk["read_mb_per_s"] else ""
+    full = disk["free_bytes"] < DISK_FREE_MIN
+    advice = "The store's disk is nearly full: no weights can be fetched." if full else ""
+    yield Check("disk", f"{disk['free_bytes'] / 1e9:,.1f} GB free{speed}", advice)
+    for gpu in sensors["gpus"]:
+        yield Check("gpu", f"{gpu['name']}: seen, but coeld computes on the CPU")
+
+
+def _heat(heat: dict[str, Any]) -> Iterator[Check]:
+    parts = []
+    if heat["celsius"] is not None:
+        parts.append(f"{heat['celsius']} °C")
+    if heat["limit_celsius"]:
+        parts.append(f"slows down at {heat['limit_celsius']}")
+    if heat["clock_full_mhz"]:
+        parts.append(f"clock {heat['clock_mhz']:,} of {heat['clock_full_mhz']:,} MHz")
+    advice = ""
+    if "under-voltage" in heat["complaints"]:
+        advice = "The power supply is too weak: use the one made for this device."
+    elif heat["complaints"]:
+        advice = f"It is held back ({', '.join(heat['complaints'])}): cool it better."
+    if parts or advice:
+        yield Check("heat", ", ".join(parts) or "not measured", advice)
 
 
 def _swarm(node: dict[str, Any]) -> Check:

@@ -26,6 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console(highlight=False)
     console.print(headline(status))
+    console.print(f"this device: {this_device(status)}")
     console.print(devices(status))
     console.print(links(status))
     return 0
@@ -46,6 +47,31 @@ def headline(status: dict[str, Any]) -> str:
     if engine["trouble"]:
         text += f"\n{engine['trouble']}"
     return text
+
+
+def this_device(status: dict[str, Any]) -> str:
+    """What its sensors say, in a line: only what this machine has."""
+    sensors, kernels = status["sensors"], status["engine"]["kernels"]
+    memory, heat, battery = sensors["memory"], sensors["heat"], sensors["battery"]
+    parts = [f"{memory['available_bytes'] / 1e6:,.0f} MB of memory available"]
+    if memory["pressure_percent"]:
+        parts[0] += f" (pressure {memory['pressure_percent']} %)"
+    if heat["celsius"] is not None:
+        parts.append(f"{heat['celsius']} °C")
+    if heat["clock_mhz"] < heat["clock_full_mhz"]:
+        parts.append(f"clock {heat['clock_mhz']:,} of {heat['clock_full_mhz']:,} MHz")
+    parts += heat["complaints"]
+    if battery:
+        how = ", spared" if battery["spared"] else "" if battery["discharging"] else ", plugged in"
+        parts.append(f"battery {battery['percent']} %{how}")
+    disk = sensors["disk"]
+    speed = f", reads {disk['read_mb_per_s']:,} MB/s" if disk["read_mb_per_s"] else ""
+    parts.append(f"disk {disk['free_bytes'] / 1e9:,.1f} GB free{speed}")
+    for kind in ("dense", "experts"):
+        if kind in kernels:
+            parts.append(f"{kind} kernels {kernels[kind]['1']['gb_per_s']:.1f} GB/s")
+    parts += [f"{gpu['name']} (not used)" for gpu in sensors["gpus"]]
+    return ", ".join(parts)
 
 
 def devices(status: dict[str, Any]) -> "Table":

@@ -128,3 +128,19 @@ def test_every_change_leads_to_a_plan_that_all_agree_on(change: str) -> None:
         node = device.node
         assert node is not None
         assert all(claim.copy > 0 for claim in node.perception.me.claims), "others are faster"
+
+
+def test_a_device_on_a_low_battery_gives_away_what_others_can_hold_and_takes_the_rest() -> None:
+    world = swarm(5, [60, 60, 60])
+    world.run(8)
+    tired = max(world.up(), key=lambda device: len(device.serving))
+    charged = Resources(tired.spec.budget_bytes, 10**9, 5, 4000)
+    world.feed(tired, ResourcesSampled(replace(charged, sparing=True)))
+    world.run_until(lambda: not tired.serving, 30)
+    checkers.at_rest(world)
+    world.crash(next(device for device in world.up() if device is not tired))
+    world.run_until(lambda: checkers.covered(world), 30)  # now nobody else has the room
+    assert tired.serving
+    world.feed(tired, ResourcesSampled(charged))
+    world.run(8)
+    checkers.at_rest(world)

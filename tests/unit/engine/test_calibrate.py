@@ -91,5 +91,5 @@ def test_damaged_measurements_are_refused_and_measured_anew(
     cache = tmp_path / "c.json"
     calibrate.calibrate(cache, 2)
     text = json.loads(cache.read_text())
-    cache.write_text(json.dumps(text | {"kernels": damaged}))
+    cache.write_text(json.dumps(text | {"value": damaged}))
     assert not calibrate.calibrate(cache, 2).remembered

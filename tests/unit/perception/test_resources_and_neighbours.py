@@ -7,7 +7,7 @@ import pytest
 
 from coeld.ids import NodeId
 from coeld.perception.neighbours import Rings, positions
-from coeld.perception.resources import Told, stepped_speed
+from coeld.perception.resources import Squeeze, Told, stepped_speed
 from coeld.view import Resources
 
 
@@ -23,11 +23,11 @@ def test_noise_of_ten_percent_is_soon_told_no_more(seed: int) -> None:
         )
         for _ in range(500)
     ]
-    tellings = [told.sample(sample) for sample in samples]
+    tellings = [told.sample(sample, 0.0) for sample in samples]
     assert tellings.count(True) <= 3
     speeds = set()
     for sample in samples:
-        told.sample(sample)
+        told.sample(sample, 0.0)
         assert told.resources is not None
         speeds.add(told.resources.kernel_mb_per_s)
     assert len(speeds) == 1
@@ -36,31 +36,58 @@ def test_noise_of_ten_percent_is_soon_told_no_more(seed: int) -> None:
 def test_a_halved_budget_a_busy_cpu_and_a_throttled_kernel_are_told() -> None:
     told = Told()
     base = Resources(1000, 1000, 10, 4000)
-    assert told.sample(base)
-    assert told.sample(Resources(500, 1000, 10, 4000))
-    assert told.sample(Resources(500, 1000, 90, 4000))
-    assert told.sample(Resources(500, 1000, 90, 1500))
-    assert not told.sample(Resources(500, 1000, 90, 1500))
+    assert told.sample(base, 0.0)
+    assert told.sample(Resources(500, 1000, 10, 4000), 0.0)
+    assert told.sample(Resources(500, 1000, 90, 4000), 0.0)
+    assert told.sample(Resources(500, 1000, 90, 1500), 0.0)
+    assert not told.sample(Resources(500, 1000, 90, 1500), 0.0)
 
 
 def test_a_low_battery_and_arithmetic_that_slows_down_are_told_alone() -> None:
     told = Told()
     base = Resources(1000, 1000, 10, 4000, 40_000)
-    assert told.sample(base)
-    assert not told.sample(replace(base, row_mb_per_s=44_000))
-    assert told.sample(replace(base, row_mb_per_s=16_000))
+    assert told.sample(base, 0.0)
+    assert not told.sample(replace(base, row_mb_per_s=44_000), 0.0)
+    assert told.sample(replace(base, row_mb_per_s=16_000), 0.0)
     assert told.resources is not None
     speeds = told.resources.kernel_mb_per_s, told.resources.row_mb_per_s
     assert speeds == (stepped_speed(4000), stepped_speed(16_000))
-    assert told.sample(replace(base, row_mb_per_s=16_000, sparing=True))
+    assert told.sample(replace(base, row_mb_per_s=16_000, sparing=True), 0.0)
     assert told.resources.sparing
+
+
+def test_pressure_takes_half_of_the_budget_in_steps_and_calm_gives_it_back() -> None:
+    squeeze, now = Squeeze(), 0.0
+    pressed = Resources(1000, 1000, 0, 4000, memory_pressure_percent=30)
+    seen = []
+    for _ in range(150):  # five minutes of samples every 2 s
+        seen.append(squeeze.budget(pressed, now))
+        now += 2
+    assert seen == sorted(seen, reverse=True)
+    assert sorted(set(seen), reverse=True) == [800, 640, 510, 500]
+    assert seen.index(640) - seen.index(800) == 15
+    uneasy = replace(pressed, memory_pressure_percent=5)
+    assert {squeeze.budget(uneasy, now + at) for at in range(0, 600, 2)} == {500}
+    back = [
+        squeeze.budget(replace(pressed, memory_pressure_percent=0), now + at) for at in range(600)
+    ]
+    assert back == sorted(back)
+    assert back[-1] == 1000
+
+
+def test_a_shrunken_budget_is_told() -> None:
+    told = Told()
+    assert told.sample(Resources(1000, 1000, 0, 4000), 0.0)
+    assert told.sample(Resources(1000, 1000, 0, 4000, memory_pressure_percent=50), 2.0)
+    assert told.resources is not None
+    assert told.resources.memory_budget_bytes == 800
 
 
 def test_almost_equal_devices_tell_equal_speeds() -> None:
     speeds = set()
     for speed in range(3000, 3600, 50):
         told = Told()
-        told.sample(Resources(1, 1, 0, speed))
+        told.sample(Resources(1, 1, 0, speed), 0.0)
         assert told.resources is not None
         speeds.add(told.resources.kernel_mb_per_s)
     assert len(speeds) == 1
@@ -126,8 +153,8 @@ def test_one_that_joins_changes_few_links() -> None:
 
 def test_news_of_one_quantity_does_not_carry_the_noise_of_another() -> None:
     told = Told()
-    assert told.sample(Resources(1_000_000, 10**7, 10, 4000))
-    assert told.sample(Resources(930_000, 10**7, 60, 4300))
+    assert told.sample(Resources(1_000_000, 10**7, 10, 4000), 0.0)
+    assert told.sample(Resources(930_000, 10**7, 60, 4300), 0.0)
     assert told.resources is not None
     assert told.resources.memory_budget_bytes == 1_000_000
     assert told.resources.cpu_load_percent == 60
