@@ -10,6 +10,10 @@ SmolLM2), enough to flip near-ties in greedy decoding.
 Owners are stateless, so a layer that failed is simply asked again: another owner, this device if
 the lots have been loaded meanwhile, or whoever the next route table names. Only when nobody holds
 an expert for `patience_s` does the request fail.
+
+Slow is not dead. An owner whose answers come late is asked less and less (`choice.py`), which
+nobody is told; the control plane hears of an owner only when a connection breaks or an answer does
+not come before the deadline of a call.
 """
 
 import threading
@@ -19,9 +23,9 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-from coeld.datapath.ports import Call, ExpertRunner, Gates, PeerLink, Rows, Waiter
+from coeld.datapath.branches import Branch, Branches, Picked
+from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -31,10 +35,6 @@ COOLDOWN_S: Final = 0.5
 
 WAIT_S_MAX: Final = 0.05
 """Between two looks at the routes while waiting; a new table wakes the waiter at once."""
-
-
-Picked = NDArray[np.intp]
-"""Indices of rows."""
 
 
 class RouteBoard:
@@ -74,7 +74,8 @@ class _Shares:
     """Who runs which experts of a layer; peers in the order of their lowest expert."""
 
     here: frozenset[int]
-    calls: Mapping[NodeId, frozenset[int]]
+    calls: Mapping[tuple[NodeId, ...], frozenset[int]]
+    """By owners of all of these experts, the first to be preferred."""
     addresses: Mapping[NodeId, tuple[str, int]]
 
 
@@ -95,6 +96,10 @@ class Dispatcher:
     failures: int = 0
     """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
+    _branches: Branches = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._branches = Branches(self.peers, self._fail)
 
     def run(self, layer: int, x: Rows, gates: Gates | None, waiter: Waiter) -> Rows:
         """Sum over the layer's experts of gate * expert(x), x (n, H); no gates: all 1.
@@ -135,30 +140,26 @@ class Dispatcher:
         shares = self._share(layer, chosen)
         if shares is None:
             return None
-        parts: list[Rows | None] = []
-        calls: list[tuple[NodeId, Call, Picked | None]] = []
-        for node, experts in shares.calls.items():
+        branches = []
+        for nodes, experts in shares.calls.items():
             ids = sorted(experts)
-            rows, weights, picked = _rows_for(ids, x, gates)
-            try:
-                address = shares.addresses[node]
-                call = self.peers.call(node, address, layer, ids, rows, weights)
-                calls.append((node, call, picked))
-            except PeerError as exc:
-                self._fail(node, exc)
-                parts.append(None)
+            branch = Branch(ids, nodes, *_rows_for(ids, x, gates))
+            self._branches.begin(layer, branch, shares.addresses)
+            branches.append(branch)
+        parts: list[Rows] = []
         if shares.here:
-            parts.append(self._run_here(layer, shares.here, x, gates))
-        for node, call, picked in calls:
-            try:
-                parts.append(_spread(call.result(), picked, len(x)))
-            except PeerError as exc:
-                self._fail(node, exc)
-                parts.append(None)
-        whole = [part for part in parts if part is not None]
-        if len(whole) < len(parts):
+            self._branches.send(branches)
+            mine = self._run_here(layer, shares.here, x, gates)
+            if mine is None:
+                self._branches.give_up(branches)
+                return None
+            parts.append(mine)
+        if not self._branches.collect(layer, branches, shares.addresses):
             return None
-        return whole[0] if len(whole) == 1 else sum(whole[1:], start=whole[0].copy())
+        for branch in branches:
+            assert branch.part is not None
+            parts.append(_spread(branch.part, branch.picked, len(x)))
+        return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0].copy())
 
     def _run_here(
         self, layer: int, here: frozenset[int], x: Rows, gates: Gates | None
@@ -183,15 +184,21 @@ class Dispatcher:
         if table is None:
             return None
         owners = {expert: self._owners(table, Lot(layer, expert)) for expert in sorted(chosen)}
-        for node in next(iter(owners.values())):
-            if all(node in nodes for nodes in owners.values()):
-                return _Shares(frozenset(), {node: chosen}, table.addresses)
-        calls: dict[NodeId, frozenset[int]] = {}
+        first, *rest = owners.values()
+        whole = tuple(node for node in first if all(node in nodes for nodes in rest))
+        if whole:
+            return _Shares(frozenset(), {whole: chosen}, table.addresses)
+        by_owner: dict[NodeId, set[int]] = {}
         for expert in sorted(chosen - here):
             if not owners[expert]:
                 return None
-            node = owners[expert][0]
-            calls[node] = calls.get(node, frozenset()) | {expert}
+            by_owner.setdefault(owners[expert][0], set()).add(expert)
+        calls = {
+            tuple(n for n in owners[min(experts)] if all(n in owners[e] for e in experts)): (
+                frozenset(experts)
+            )
+            for experts in by_owner.values()
+        }
         return _Shares(here & chosen, calls, table.addresses)
 
     def _owners(self, table: RouteTable, lot: Lot) -> list[NodeId]:

@@ -6,13 +6,15 @@ tests implement all of them with a few lines of numpy.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coeld.datapath.frames import SpanCall
+from coeld.datapath.pace import Paces
 from coeld.datapath.plan import Span, Step
+from coeld.errors import PeerError
 from coeld.ids import NodeId
 
 Rows = NDArray[np.float32]
@@ -82,15 +84,27 @@ class ExpertRunner(Protocol):
 
 
 class Call(Protocol):
-    """A request that is under way at a peer."""
+    """Experts that a peer runs."""
+
+    @property
+    def outcome(self) -> "Rows | PeerError | None":
+        """The partial sums (n, H), or why there are none; None: not yet."""
+        ...
+
+
+class Reply(Protocol):
+    """A span that a peer runs."""
 
     def result(self) -> Rows:
-        """Wait for the partial sums (n, H). Raises PeerError; ends at the call's deadline."""
+        """Wait for the rows (n, H). Raises PeerError; ends at the call's deadline."""
         ...
 
 
 class PeerLink(Protocol):
     """See coeld.net.peers.PeerPool."""
+
+    paces: Paces
+    """What calls to each peer usually take, given-up ones included."""
 
     def call(
         self,
@@ -100,12 +114,27 @@ class PeerLink(Protocol):
         experts: Sequence[int],
         x: Rows,
         gates: Gates | None,
+        /,
     ) -> Call:
-        """Send rows to a peer without waiting for the answer; `gates` (n, len(experts)), None: all
-        1. Raises PeerError."""
+        """Begin to send rows to a peer; `gates` (n, len(experts)), None: all 1. Never waits.
+
+        The rows must not change before the call has ended or is given up. Raises PeerError.
+        """
         ...
 
-    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> Call:
+    def send(self, calls: Sequence[Any], until_s: float, /) -> None:
+        """Wait until these calls' rows are on their way, at most until `until_s`."""
+        ...
+
+    def ready(self, calls: Sequence[Any], until_s: float, /) -> Sequence[Call]:
+        """Those that have ended, as soon as there is one; none at `until_s` (time.monotonic)."""
+        ...
+
+    def give_up(self, call: Any, /) -> None:
+        """Another peer was quicker. Does nothing if it has ended."""
+        ...
+
+    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> Reply:
         """Have a peer run whole layers; its answer is the residual stream of the last
         `asked.keep` rows. One thread. Raises PeerError."""
         ...

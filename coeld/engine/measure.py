@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.datapath.pace import Paces
 from coeld.datapath.request import Request
 from coeld.engine.calibrate import memory_mb_per_s
 from coeld.engine.open_model import OpenModel
@@ -31,10 +32,19 @@ LOGIT_ROWS_MAX: Final = 64
 class NoPeers:
     """The peers of a device that is alone."""
 
+    def __init__(self) -> None:
+        self.paces = Paces()
+
     def call(self, node: NodeId, *_rest: Any) -> Any:
         raise PeerGone(f"{node} cannot be called: this measurement is of one device")
 
     span = call
+
+    def ready(self, *_calls: Any) -> list[Any]:
+        return []
+
+    def send(self, *_calls: Any) -> None: ...
+    def give_up(self, _call: Any) -> None: ...
 
     def free(self, node: NodeId, number: int) -> None:
         """Nobody holds anything."""

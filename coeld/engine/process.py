@@ -118,7 +118,7 @@ class Engine:
         try:
             manifest = self._store.manifest(name)
             introduction = Introduction(options.swarm, manifest.hash, options.node)
-            pool = PeerPool(introduction, options.call_deadline_ms / 1000)
+            pool = PeerPool(introduction, options.call_deadline_ms / 1000, self._call_failed)
             model = OpenModel(
                 manifest,
                 self._store,
@@ -268,6 +268,7 @@ class Engine:
             peers[node] = {
                 "calls": stats.calls,
                 "failures": stats.failures,
+                "late": stats.late,
                 "rtt_us_p50": times[len(times) // 2] if times else None,
             }
         active = list(model.scheduler.active) if model else []

@@ -27,7 +27,7 @@ Engine to agent (`ev`):
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:
-                 {node: {calls, rtt_us_p50, failures}}, steps: "…plan in one line…"}
+                 {node: {calls, failures, late, rtt_us_p50}}, steps: "…plan in one line…"}
 
 `type` is the class name from coeld.errors, so that the agent raises what the engine raised.
 """

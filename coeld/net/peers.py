@@ -6,10 +6,10 @@ path there is: the decoder's own thread writes the rows and reads the answer, th
 that was blocked in `recv` runs what is asked for and writes back: one wake-up on each side a call.
 
 A connection starts with HELLO both ways (swarm, model, node); then the caller sends EXPERTS or SPAN
-and gets RESULT or ERROR, in order; FREE is not answered. After a time-out the caller closes the
-connection, so that a late answer cannot be taken for another. The caches that spans left behind
-belong to the connection: they go when it closes, and keepalive closes it when the caller's machine
-is gone. So the caller keeps one connection per peer for spans, and takes any free one for experts.
+and gets RESULT or ERROR, in order; FREE is not answered. Experts are called without blocking on any
+single peer (`expert_calls.py`), over any free connection; a span's caller waits for the one peer on
+its way, over one connection kept for spans. The caches that spans left behind belong to it: they go
+when it closes, and keepalive closes it when the caller's machine is gone.
 """
 
 import contextlib
@@ -17,37 +17,22 @@ import itertools
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header, Kind, SpanCall
-from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
+from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused
 from coeld.ids import NodeId
+from coeld.net.exchange import OPTIONS, Rows, peer_errors
+from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
 
 CONNECTIONS_MAX: Final = 128
 """Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
-FREE_CONNECTIONS_MAX: Final = 8
-"""Kept to a peer while nobody calls it."""
 CONNECT_TIMEOUT_S: Final = 0.5
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
-ROW_LAYER_S: Final = 0.005
-"""What a deadline allows for each row and layer: a slow device, its link, others before us."""
-RTT_SAMPLES: Final = 256
-KEEPALIVE: Final = (
-    (socket.TCP_KEEPIDLE, 10),
-    (socket.TCP_KEEPINTVL, 5),
-    (socket.TCP_KEEPCNT, 3),
-)
-"""Seconds of silence, seconds between probes, probes: a vanished machine is noticed in 25 s."""
-
-Rows = NDArray[np.float32]
 RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
 """(layer, experts, x, gates) -> y"""
 
@@ -76,10 +61,8 @@ class Connection:
     """A socket that carries whole frames. Not thread-safe."""
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+        for level, option, value in OPTIONS:
+            sock.setsockopt(level, option, value)
         self.sock = sock
         self._header = bytearray(HEADER.size)
         self._payload = bytearray(1 << 14)
@@ -261,18 +244,8 @@ class PeerServer:
 
 
 @dataclass(slots=True)
-class PeerStats:
-    """What calls to one peer have looked like."""
-
-    calls: int = 0
-    failures: int = 0
-    rtt_us: deque[int] = field(default_factory=lambda: deque(maxlen=RTT_SAMPLES))
-    """From the last byte sent to the last byte received, the peer's compute included."""
-
-
-@dataclass(slots=True)
-class PeerCall:
-    """A call under way. `result` must be called, or the connection is closed."""
+class SpanReply:
+    """A span under way. `result` must be called, or the connection is closed."""
 
     pool: "PeerPool"
     node: NodeId
@@ -282,11 +255,9 @@ class PeerCall:
     """Layer, and the shape of the answer."""
     started_s: float
     deadline_s: float
-    address: tuple[str, int] | None = None
-    """Of experts: where the connection is free for others when the answer has come."""
 
     def result(self) -> Rows:
-        """Partial sums, or the residual stream (n, H). Raises PeerError."""
+        """The residual stream (n, H). Raises PeerError."""
         try:
             left_s = max(self.deadline_s - time.monotonic(), 0.001)
             header, payload = self.connection.receive(left_s, left_s)
@@ -298,52 +269,39 @@ class PeerCall:
             if header.kind is not Kind.RESULT or answered != self.asked:
                 raise FrameError(f"asked for {self.asked}, got {header.kind.name} {answered}")
             rows, _computed_us = frames.unpack_result(header, payload)
-            rows = rows.copy()  # the buffer is the connection's
         except PeerRefused:
             self.pool.stats_of(self.node).failures += 1
-            self.pool.give_back(self)
             raise
         except PeerError:
-            self.pool.give_up(self.node, self.connection)
+            self.pool.forget(self.node, self.connection)
             raise
-        self.pool.give_back(self)
         stats = self.pool.stats_of(self.node)
         stats.calls += 1
         stats.rtt_us.append(int((time.monotonic() - self.started_s) * 1e6))
-        return rows
+        return rows.copy()  # the buffer is the connection's
 
 
 class PeerPool:
     """Connections to peers, opened when needed. Experts are called from any thread, spans from the
     decoder's only."""
 
-    def __init__(self, introduction: Introduction, call_deadline_s: float) -> None:
+    def __init__(
+        self,
+        introduction: Introduction,
+        call_deadline_s: float,
+        on_lost: Callable[[NodeId, PeerError], None] = lambda _node, _error: None,
+    ) -> None:
         self._introduction = introduction
         self._call_deadline_s = call_deadline_s
-        self._free: dict[NodeId, list[tuple[tuple[str, int], Connection]]] = {}
-        self._lock = threading.Lock()
         self._spans: dict[NodeId, tuple[tuple[str, int], Connection]] = {}
-        self._stats: dict[NodeId, PeerStats] = {}
         self._ids = itertools.count(1)
+        calls = ExpertCalls(introduction.to_json(), call_deadline_s, on_lost)
+        self._experts = calls
+        self.call, self.send, self.ready = calls.call, calls.send, calls.ready
+        self.result, self.give_up = calls.result, calls.give_up
+        self.paces, self.stats_of = calls.paces, calls.stats_of
 
-    def call(
-        self,
-        node: NodeId,
-        address: tuple[str, int],
-        layer: int,
-        experts: Sequence[int],
-        x: Rows,
-        gates: Rows | None,
-    ) -> PeerCall:
-        """Send rows (n, H) to a peer. Raises PeerError."""
-        connection = self._taken(node, address) or self._opened(node, address)
-        call_id = next(self._ids) & 0xFFFFFFFF
-        pieces = frames.pack_experts(call_id, layer, experts, x, gates)
-        left_s = self._send(node, connection, pieces, len(x))
-        now, asked = time.monotonic(), (layer, (x.shape[0], x.shape[1]))
-        return PeerCall(self, node, connection, call_id, asked, now, now + left_s, address)
-
-    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> PeerCall:
+    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> SpanReply:
         """Send rows (n, H) of a request through layers of a peer. Raises PeerError."""
         known = self._spans.get(node)
         if known is None or known[0] != address:
@@ -354,7 +312,7 @@ class PeerPool:
         pieces = frames.pack_span(call_id, asked, x)
         left_s = self._send(node, connection, pieces, len(x) * (asked.stop - asked.first))
         now, answer = time.monotonic(), (asked.first, (asked.keep, x.shape[1]))
-        return PeerCall(self, node, connection, call_id, answer, now, now + left_s)
+        return SpanReply(self, node, connection, call_id, answer, now, now + left_s)
 
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop a request's caches; one that cannot be reached has none."""
@@ -363,40 +321,25 @@ class PeerPool:
             with contextlib.suppress(PeerError):
                 self._send(node, known[1], frames.pack_free(number), 0)
 
-    def stats_of(self, node: NodeId) -> PeerStats:
-        return self._stats.setdefault(node, PeerStats())
-
     def stats(self) -> dict[NodeId, PeerStats]:
-        return dict(self._stats)
+        return dict(self._experts.stats)
 
-    def give_back(self, call: PeerCall) -> None:
-        """The call is answered: its connection may be used again."""
-        if call.address is None:
-            return  # it is the one for spans
-        with self._lock:
-            idle = self._free.setdefault(call.node, [])
-            if len(idle) < FREE_CONNECTIONS_MAX:
-                idle.append((call.address, call.connection))
-                return
-        call.connection.close()
-
-    def give_up(self, node: NodeId, connection: Connection | None) -> None:
+    def forget(self, node: NodeId, connection: Connection | None) -> None:
         """After a failure: close this connection and those that nobody uses; the next call opens
         another."""
         self.stats_of(node).failures += 1
-        with self._lock:
-            closing = [free for _address, free in self._free.pop(node, [])]
-        if connection is not None:
-            closing.append(connection)
-            if (known := self._spans.get(node)) is not None and known[1] is connection:
-                del self._spans[node]
-        for each in closing:
-            each.close()
+        self._experts.hang_up(node)
+        if connection is None:
+            return
+        if (known := self._spans.get(node)) is not None and known[1] is connection:
+            del self._spans[node]
+        connection.close()
 
     def close(self) -> None:
-        for node in {*self._free, *self._spans}:
-            _address, connection = self._spans.get(node, (None, None))
-            self.give_up(node, connection)
+        self._experts.close()
+        for _address, connection in self._spans.values():
+            connection.close()
+        self._spans.clear()
 
     def _send(
         self,
@@ -410,21 +353,9 @@ class PeerPool:
         try:
             connection.send(pieces, left_s)
         except PeerError:
-            self.give_up(node, connection)
+            self.forget(node, connection)
             raise
         return left_s
-
-    def _taken(self, node: NodeId, address: tuple[str, int]) -> Connection | None:
-        """A free connection to the peer at that address."""
-        while True:
-            with self._lock:
-                idle = self._free.get(node)
-                if not idle:
-                    return None
-                known, connection = idle.pop()
-            if known == address:
-                return connection
-            connection.close()
 
     def _opened(self, node: NodeId, address: tuple[str, int]) -> Connection:
         connection: Connection | None = None
@@ -440,17 +371,6 @@ class PeerPool:
             if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
                 raise PeerGone(f"another device answers at {address[0]}:{address[1]}")
         except PeerError:
-            self.give_up(node, connection)
+            self.forget(node, connection)
             raise
         return connection
-
-
-@contextlib.contextmanager
-def peer_errors() -> Any:
-    """Turn what sockets raise into PeerSlow and PeerGone."""
-    try:
-        yield
-    except TimeoutError as exc:  # before OSError: it is a subclass of it
-        raise PeerSlow("no answer before the deadline") from exc
-    except (OSError, EOFError) as exc:
-        raise PeerGone(f"connection lost: {exc!r}") from exc

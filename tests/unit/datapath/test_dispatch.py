@@ -1,12 +1,14 @@
 """Dispatch with a world of plain functions: whatever fails, the sum is right or the error clear."""
 
 import threading
+import time
 from random import Random
 
 import numpy as np
 import pytest
 
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
+from coeld.datapath.pace import Paces
 from coeld.datapath.request import Cancelled, Request
 from coeld.errors import NotCovered, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import Lot, ModelHash, NodeId
@@ -45,13 +47,17 @@ class Runner:
 
 
 class Call:
-    def __init__(self, outcome) -> None:
-        self.outcome = outcome
+    """Ends with `outcome`, or only after somebody else's call if it is slow."""
 
-    def result(self):
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+    def __init__(self, node: NodeId, outcome, slow: bool = False) -> None:
+        self.node = node
+        self.told = outcome
+        self.slow = slow
+        self.given_up = False
+
+    @property
+    def outcome(self):
+        return None if self.slow else self.told
 
 
 class Peers:
@@ -62,6 +68,9 @@ class Peers:
         self.faults: dict[NodeId, list] = {}
         self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
         self.rows = 0
+        self.slow: set[NodeId] = set()
+        self.calls: list[Call] = []
+        self.paces = Paces()
 
     def call(self, node, address, layer, experts, x, gates):
         self.rows += len(x)
@@ -69,11 +78,24 @@ class Peers:
         fault = self.faults[node].pop(0) if self.faults.get(node) else None
         if isinstance(fault, PeerGone):
             raise fault
-        if fault is not None:
-            return Call(fault)
-        if not set(experts) <= self.owners[node]:
-            return Call(PeerRefused("not here"))
-        return Call(summed(layer, experts, x, gates))
+        if fault is None and not set(experts) <= self.owners[node]:
+            fault = PeerRefused("not here")
+        outcome = fault if fault is not None else summed(layer, experts, x, gates)
+        self.calls.append(Call(node, outcome, node in self.slow))
+        return self.calls[-1]
+
+    def send(self, calls, until_s): ...
+
+    def ready(self, calls, until_s):
+        ended = [call for call in calls if call.outcome is not None]
+        if not ended and until_s == float("inf"):  # nobody else is asked: the slow one answers
+            for call in calls:
+                call.slow = False
+            return list(calls)
+        return ended
+
+    def give_up(self, call):
+        call.given_up = call.outcome is None
 
 
 class Quiet:
@@ -186,6 +208,74 @@ def test_a_replica_is_asked_at_once_when_the_owner_fails() -> None:
     made = dispatcher(Runner(set()), peers, routes(owners), patience_s=0.0)
     assert np.allclose(made.run(0, X, None, request()), WHOLE)
     assert [node for node, _ in peers.asked] == [NODES[0], NODES[1]]
+
+
+def measured(peers: Peers, rows: int = len(X)) -> None:
+    """Every peer has answered calls within a millisecond."""
+    for node in peers.owners:
+        for _ in range(20):
+            peers.paces.took(node, rows, 0.001, time.monotonic())
+
+
+def test_a_late_owner_is_given_up_for_a_replica_and_nobody_is_told(monkeypatch) -> None:
+    everything = set(range(EXPERTS))
+    owners = {NODES[0]: everything, NODES[1]: everything}
+    peers = Peers(owners)
+    measured(peers)
+    peers.slow = {NODES[0]}
+    made = dispatcher(Runner(set()), peers, routes(owners))
+    told: list[NodeId] = []
+    made.on_failure = lambda node, exc: told.append(node)
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
+    assert [node for node, _ in peers.asked] == [NODES[0], NODES[1]]
+    assert [call.given_up for call in peers.calls] == [True, False]
+    assert (told, made.failures) == ([], 0)
+
+
+def test_the_only_owner_is_waited_for_however_late_it_is() -> None:
+    peers = Peers({NODES[0]: set(range(EXPERTS))})
+    measured(peers)
+    peers.slow = {NODES[0]}
+    made = dispatcher(Runner(set()), peers, routes(peers.owners))
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
+    assert len(peers.asked) == 1
+
+
+def test_a_branch_is_asked_again_only_where_all_of_its_experts_are() -> None:
+    owners = {
+        NODES[0]: {0, 1, 2, 3},
+        NODES[1]: {4, 5, 6, 7},
+        NODES[2]: {0, 1},
+        NODES[3]: {0, 1, 2, 3},
+    }
+    peers = Peers(owners)
+    measured(peers)
+    peers.slow = {NODES[0], NODES[1]}
+    made = dispatcher(Runner(set()), peers, routes(owners))
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
+    assert [node for node, _ in peers.asked] == [NODES[0], NODES[1], NODES[3]]
+
+
+def test_second_calls_are_a_share_of_the_first_when_everybody_is_late() -> None:
+    everything = set(range(EXPERTS))
+    owners = {NODES[0]: everything, NODES[1]: everything}
+    peers = Peers(owners)
+    measured(peers)
+    peers.slow = set(NODES)
+    made = dispatcher(Runner(set()), peers, routes(owners))
+    for _ in range(100):
+        made.run(0, X, None, request())
+    assert len(peers.asked) <= 100 + 10 + 10
+
+
+def test_a_failed_branch_leaves_no_call_behind_that_is_waited_for() -> None:
+    owners = {NODES[0]: {0, 1, 2, 3}, NODES[1]: {4, 5, 6, 7}}
+    peers = Peers(owners)
+    peers.faults[NODES[0]] = [PeerRefused("no")]
+    peers.slow = {NODES[1]}
+    made = dispatcher(Runner(set()), peers, routes(owners))
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
+    assert peers.calls[1].given_up
 
 
 def test_a_new_route_table_ends_the_wait_and_the_stall_is_recorded() -> None:

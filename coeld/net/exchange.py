@@ -1,0 +1,230 @@
+"""One connection to a peer that runs experts, as its caller drives it: one call at a time.
+
+Nothing here waits. Opening, HELLO and the call are queued and pumped through a non-blocking socket,
+so a peer that is off, frozen or does not read costs its caller a deadline and never a blocked
+thread, and several peers can be waited for at once (`expert_calls.py`). What an answer may make us
+allocate is bounded by what was asked, before it is read.
+"""
+
+import contextlib
+import socket
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coeld.datapath import frames
+from coeld.datapath.frames import HEADER, Header, Kind
+from coeld.errors import FrameError, PeerError, PeerGone, PeerSlow
+from coeld.ids import NodeId
+
+PIECES_MAX: Final = 64
+"""Handed to one sendmsg: below the kernel's limit."""
+TCP_INFO_BYTES: Final = 192
+OPTIONS: Final = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+"""Nothing waits for more bytes. Seconds of silence, between probes, probes: a machine that vanished
+is noticed in 25 s."""
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(slots=True, eq=False)
+class ExpertCall:
+    """A call under way; `outcome` is set when it has ended."""
+
+    exchange: "Exchange"
+    call_id: int
+    asked: tuple[int, tuple[int, ...]]
+    """Layer, and the shape of the rows."""
+    started_s: float
+    deadline_s: float
+    first: bool
+    """Opened the connection: its time says nothing about the calls that follow."""
+    outcome: Rows | PeerError | None = None
+    computed_us: int = 0
+    """Of its time, what the peer computed."""
+
+    @property
+    def node(self) -> NodeId:
+        return self.exchange.node
+
+    @property
+    def rows(self) -> int:
+        return self.asked[1][0]
+
+
+@dataclass(slots=True, eq=False)
+class Exchange:
+    """See the module. Used by one thread at a time."""
+
+    node: NodeId
+    address: tuple[str, int]
+    sock: socket.socket
+    call: ExpertCall | None = None
+    silent_s: float = 0.0
+    """When it was last seen without a complete answer."""
+    _greeted: bool = False
+    _out: deque[memoryview] = field(default_factory=deque)
+    _in: bytearray = field(default_factory=lambda: bytearray(1 << 14))
+    _have: int = 0
+
+    @staticmethod
+    def open(node: NodeId, address: tuple[str, int], hello: dict[str, Any]) -> "Exchange":
+        """Begin to connect and to introduce ourselves. Raises PeerGone."""
+        with peer_errors():
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            for level, option, value in OPTIONS:
+                sock.setsockopt(level, option, value)
+            try:
+                socket.inet_pton(family, address[0])  # a name would block on its resolution
+                sock.connect(address)
+            except BlockingIOError:
+                pass
+            except OSError:
+                sock.close()
+                raise
+        exchange = Exchange(node, address, sock)
+        exchange._out.extend(map(memoryview, frames.pack_text(Kind.HELLO, 0, hello)))
+        return exchange
+
+    @property
+    def sending(self) -> bool:
+        """Bytes are left that the socket would not take yet."""
+        return bool(self._out)
+
+    @property
+    def greeted(self) -> bool:
+        """The peer has answered our HELLO."""
+        return self._greeted
+
+    def begin(self, call: ExpertCall, pieces: list[bytes | memoryview]) -> None:
+        """Queue a call. `pieces` must not change before they are sent. Raises PeerError."""
+        assert self.call is None
+        self._out.extend(map(memoryview, pieces))
+        self.call, self.silent_s = call, call.started_s
+        with peer_errors():
+            self._send()
+
+    def pump(self) -> None:
+        """Send and receive what can be without waiting. Raises PeerError: then close it."""
+        with peer_errors():
+            if self._out:
+                self._send()
+            self._receive()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+    def link(self) -> tuple[float, float] | None:
+        """The link as the kernel has seen it: round trip in s, bytes per s sent; None: no idea.
+
+        From struct tcp_info of Linux: tcpi_rtt at 68, tcpi_delivery_rate at 160. A rate that was
+        limited by what we had to send (the flag at 7) is a lower bound and not taken.
+        """
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        except OSError:
+            return None
+        if len(info) < 168 or info[7] & 1:
+            return None
+        (rtt_us,) = struct.unpack_from("=I", info, 68)
+        (bytes_per_s,) = struct.unpack_from("=Q", info, 160)
+        return (rtt_us * 1e-6, float(bytes_per_s)) if bytes_per_s else None
+
+    def _send(self) -> None:
+        while self._out:
+            pieces = [self._out[n] for n in range(min(len(self._out), PIECES_MAX))]
+            try:
+                sent = self.sock.sendmsg(pieces)
+            except BlockingIOError:
+                return
+            while self._out and sent >= len(self._out[0]):
+                sent -= len(self._out.popleft())
+            if sent:
+                self._out[0] = self._out[0][sent:]
+
+    def _receive(self) -> None:
+        full = True
+        while full:
+            room = memoryview(self._in)[self._have :]
+            try:
+                got = self.sock.recv_into(room)
+            except BlockingIOError:
+                return
+            if not got:
+                raise EOFError
+            full = got == len(room)
+            room.release()
+            self._have += got
+            while self._take():
+                pass
+
+    def _take(self) -> bool:
+        """Deliver one frame if all of it is there; else make room for the rest of it."""
+        if self._have < HEADER.size:
+            return False
+        header = frames.parse_header(memoryview(self._in)[: HEADER.size])
+        self._check(header)
+        size = HEADER.size + header.payload_bytes
+        if self._have < size:
+            if len(self._in) < size:
+                self._in.extend(bytes(size - len(self._in)))
+            return False
+        self._deliver(header, memoryview(self._in)[HEADER.size : size])
+        rest = self._in[size : self._have]
+        self._in[: len(rest)] = rest
+        self._have = len(rest)
+        return True
+
+    def _check(self, header: Header) -> None:
+        """Is this what must come next? Raises FrameError, PeerGone."""
+        if not self._greeted:
+            if header.kind not in (Kind.HELLO, Kind.ERROR):
+                raise FrameError("the first frame must be HELLO")
+            return
+        if self.call is None or header.call_id != self.call.call_id:
+            raise FrameError("an answer to another call")
+        asked, answered = self.call.asked, (header.layer, (header.rows, header.hidden))
+        if header.kind is not Kind.ERROR and (header.kind is not Kind.RESULT or answered != asked):
+            raise FrameError(f"asked for {asked}, got {header.kind.name} {answered}")
+
+    def _deliver(self, header: Header, payload: memoryview) -> None:
+        if not self._greeted:
+            if header.kind is Kind.ERROR:
+                raise PeerGone(str(frames.refusal(payload)))
+            if frames.unpack_text(payload).get("node") != self.node:
+                host, port = self.address
+                raise PeerGone(f"another device answers at {host}:{port}")
+            self._greeted = True
+            return
+        call = self.call
+        assert call is not None
+        if header.kind is Kind.ERROR:
+            call.outcome = frames.refusal(payload)
+        else:
+            rows, call.computed_us = frames.unpack_result(header, payload)
+            call.outcome = rows.copy()  # the buffer is the connection's
+        self.call = None
+
+
+@contextlib.contextmanager
+def peer_errors() -> Any:
+    """Turn what sockets raise into PeerSlow and PeerGone."""
+    try:
+        yield
+    except TimeoutError as exc:  # before OSError: it is a subclass of it
+        raise PeerSlow("no answer before the deadline") from exc
+    except (OSError, EOFError) as exc:
+        raise PeerGone(f"connection lost: {exc!r}") from exc

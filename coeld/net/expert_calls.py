@@ -1,0 +1,261 @@
+"""Calls of experts at peers: any number at once, from any thread, none of which ever blocks alone.
+
+A call takes a free connection to its peer or opens one, and gives it back with the answer. One that
+is given up, because another peer was quicker, stays owed: its connection is put aside and looked at
+now and then; a late answer is taken off, tells how slow the peer is, and is dropped, so it is never
+mistaken for another. A peer that owes too much is not called; one whose answer does not come before
+the deadline, or that has not even taken the rows, loses the connection.
+"""
+
+import itertools
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from coeld.datapath import frames
+from coeld.datapath.pace import Paces
+from coeld.errors import PeerError, PeerSlow
+from coeld.ids import NodeId
+from coeld.net.exchange import Exchange, ExpertCall, Rows
+
+FREE_CONNECTIONS_MAX: Final = 8
+"""Kept to a peer while nobody calls it."""
+OWED_MAX: Final = 4
+"""Answers that a peer may owe before it is not called any more."""
+ROW_LAYER_S: Final = 0.005
+"""What a deadline allows for each row and layer: a slow device, its link, others before us."""
+RTT_SAMPLES: Final = 256
+LOOK_S: Final = 0.05
+"""An answer found later than this after the last look counts as having come by then."""
+
+
+@dataclass(slots=True)
+class PeerStats:
+    """What calls to one peer have looked like."""
+
+    calls: int = 0
+    failures: int = 0
+    late: int = 0
+    """Calls given up because another peer was quicker."""
+    rtt_us: deque[int] = field(default_factory=lambda: deque(maxlen=RTT_SAMPLES))
+    """From the call to its last byte received, the peer's compute included."""
+
+
+class ExpertCalls:
+    """See the module."""
+
+    def __init__(
+        self,
+        hello: dict[str, Any],
+        call_deadline_s: float,
+        on_lost: Callable[[NodeId, PeerError], None],
+    ) -> None:
+        """`on_lost` is told of given-up calls that were never answered either."""
+        self._hello = hello
+        self._call_deadline_s = call_deadline_s
+        self._on_lost = on_lost
+        self._free: dict[NodeId, list[Exchange]] = {}
+        self._owing: list[Exchange] = []
+        self._lock = threading.Lock()
+        """Guards both, and what is counted."""
+        self._ids = itertools.count(1)
+        self.paces = Paces()
+        self.stats: dict[NodeId, PeerStats] = {}
+
+    def call(
+        self,
+        node: NodeId,
+        address: tuple[str, int],
+        layer: int,
+        experts: Sequence[int],
+        x: Rows,
+        gates: Rows | None,
+    ) -> ExpertCall:
+        """Begin to send rows (n, H). Never waits. Raises PeerError."""
+        if self._owing:
+            self._sweep()
+        if sum(exchange.node == node for exchange in self._owing) >= OWED_MAX:
+            raise PeerSlow(f"{OWED_MAX} answers are owed")
+        exchange = self._taken(node, address) or self._opened(node, address)
+        call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
+        deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
+        first = not exchange.greeted
+        call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
+        try:
+            exchange.begin(call, frames.pack_experts(call_id, layer, experts, x, gates))
+        except PeerError as exc:
+            self._break(exchange, exc)
+            raise
+        return call
+
+    def ready(self, calls: Sequence[ExpertCall], until_s: float) -> list[ExpertCall]:
+        """Those of `calls` that have ended, as soon as there is one; none at `until_s`."""
+        while True:
+            ended = [call for call in calls if call.outcome is not None]
+            if ended or time.monotonic() >= until_s:
+                return ended
+            self._wait([call.exchange for call in calls], until_s)
+
+    def send(self, calls: Sequence[ExpertCall], until_s: float) -> None:
+        """Wait until the rows of `calls` are on their way, so that peers work while we do."""
+        while time.monotonic() < until_s:
+            exchanges = [c.exchange for c in calls if c.outcome is None and c.exchange.sending]
+            if not exchanges:
+                return
+            self._wait(exchanges, until_s)
+
+    def result(self, call: ExpertCall) -> Rows:
+        """Partial sums (n, H); waits for them. Raises PeerError."""
+        self.ready([call], call.deadline_s + 1)
+        if isinstance(call.outcome, PeerError):
+            raise call.outcome
+        assert call.outcome is not None
+        return call.outcome
+
+    def give_up(self, call: ExpertCall) -> None:
+        """Do not wait for it any longer. Does nothing if it has ended."""
+        if call.outcome is not None:
+            return
+        with self._lock:
+            self.stats_of(call.node).late += 1
+        if call.exchange.sending:
+            # The rest of the rows is the caller's memory, about to change.
+            self._break(call.exchange, PeerSlow("the rows were not taken"))
+            return
+        with self._lock:
+            self.paces.owes(call.node, call.started_s)
+            self._owing.append(call.exchange)
+
+    def stats_of(self, node: NodeId) -> PeerStats:
+        return self.stats.setdefault(node, PeerStats())
+
+    def hang_up(self, node: NodeId) -> None:
+        """Close the connections to a peer that nobody uses: it has failed."""
+        with self._lock:
+            closing = self._free.pop(node, [])
+        for exchange in closing:
+            exchange.close()
+
+    def close(self) -> None:
+        for node in list(self._free):
+            self.hang_up(node)
+        with self._lock:
+            owing, self._owing = self._owing, []
+        for exchange in owing:
+            exchange.close()
+
+    def _taken(self, node: NodeId, address: tuple[str, int]) -> Exchange | None:
+        """A free connection to the peer at that address which it has not closed meanwhile."""
+        while True:
+            with self._lock:
+                free = self._free.get(node)
+                if not free:
+                    return None
+                exchange = free.pop()
+            try:
+                exchange.pump()
+            except PeerError:
+                exchange.close()
+                continue
+            if exchange.address == address:
+                return exchange
+            exchange.close()
+
+    def _opened(self, node: NodeId, address: tuple[str, int]) -> Exchange:
+        try:
+            return Exchange.open(node, address, self._hello)
+        except PeerError:
+            with self._lock:
+                self.stats_of(node).failures += 1
+            raise
+
+    def _wait(self, exchanges: Sequence[Exchange], until_s: float) -> None:
+        """Wait for any of these, one call each; end what is overdue."""
+        poller, by_fd = select.poll(), {}
+        for exchange in exchanges:
+            poller.register(exchange.sock, 5 if exchange.sending else 1)  # POLLIN 1, POLLOUT 4
+            by_fd[exchange.sock.fileno()] = exchange
+            assert exchange.call is not None
+            until_s = min(until_s, exchange.call.deadline_s)
+        for fd, _events in poller.poll(max(0.0, until_s - time.monotonic()) * 1000):
+            self._pump(by_fd[fd])
+        now_s = time.monotonic()
+        for exchange in exchanges:
+            self._end_if_overdue(exchange, now_s)
+
+    def _sweep(self) -> None:
+        """Look at what is owed."""
+        lost: list[tuple[NodeId, PeerError]] = []
+        with self._lock:
+            owing, self._owing = self._owing, []
+        for exchange in owing:
+            call = exchange.call
+            assert call is not None
+            self._pump(exchange)
+            self._end_if_overdue(exchange, time.monotonic())
+            if isinstance(call.outcome, PeerError):
+                lost.append((call.node, call.outcome))
+        with self._lock:
+            self._owing += [exchange for exchange in owing if exchange.call is not None]
+            for node in {exchange.node for exchange in owing}:
+                if not any(exchange.node == node for exchange in self._owing):
+                    self.paces.settled(node)
+        for node, error in lost:
+            self._on_lost(node, error)
+
+    def _pump(self, exchange: Exchange) -> None:
+        call = exchange.call
+        assert call is not None
+        try:
+            exchange.pump()
+        except PeerError as exc:
+            self._break(exchange, exc)
+            return
+        if call.outcome is not None:
+            self._account(call)
+
+    def _account(self, call: ExpertCall) -> None:
+        """Count an answer. What nobody looked for meanwhile may have lain there long."""
+        now_s = time.monotonic()
+        took_s = min(now_s, call.exchange.silent_s + LOOK_S) - call.started_s
+        with self._lock:
+            stats = self.stats_of(call.node)
+            if isinstance(call.outcome, PeerError):
+                stats.failures += 1
+            else:
+                stats.calls += 1
+                stats.rtt_us.append(int(took_s * 1e6))
+                if not call.first:
+                    self.paces.took(call.node, call.rows, took_s, now_s)
+            free = self._free.setdefault(call.node, [])
+            if len(free) < FREE_CONNECTIONS_MAX:
+                free.append(call.exchange)
+                return
+        call.exchange.close()
+
+    def _end_if_overdue(self, exchange: Exchange, now_s: float) -> None:
+        call = exchange.call
+        if call is None:
+            return
+        if now_s >= call.deadline_s:
+            self._break(exchange, PeerSlow("no answer before the deadline"))
+        exchange.silent_s = now_s
+
+    def _break(self, exchange: Exchange, error: PeerError) -> None:
+        """Close a connection: its call has failed, and so may the others that are free."""
+        exchange.close()
+        self.hang_up(exchange.node)
+        call, exchange.call = exchange.call, None
+        now_s = time.monotonic()
+        with self._lock:
+            self.stats_of(exchange.node).failures += 1
+            if call is None or call.outcome is not None:
+                return
+            call.outcome = error
+            pace, took_s = self.paces.of(call.node, call.rows), now_s - call.started_s
+            if isinstance(error, PeerSlow) and (pace is None or took_s > pace.mean_s):
+                self.paces.took(call.node, call.rows, took_s, now_s)  # that long at least
