@@ -83,9 +83,11 @@ class Branches:
         return True
 
     def give_up(self, branches: list[Branch]) -> None:
+        """Wait for nothing of these branches any more."""
         for branch in branches:
             for call in branch.calls.values():
                 self.peers.give_up(call)
+            branch.calls.clear()
 
     def _take(self, branch: Branch) -> None:
         """The first good answer of a branch, if there is one by now."""

@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.model, pytest.mark.swarm]
 DECODER, FIRST, SECOND = (digit * 16 for digit in "abc")
 PERIOD_S = 0.05
 SHARE = 0.1
+TOKENS = 40
+LOOK_S = 8.0
 
 
 @contextmanager
@@ -70,19 +72,19 @@ def test_an_owner_that_turns_ten_times_slower_is_left_for_its_replica(real_store
         decoder = engines[DECODER]
         both = replace(table, epoch=2, owners=dict.fromkeys(lots, (FIRST, SECOND)))
         decoder.say("routes", table=both.to_json())
-        undisturbed, before = token_times(decoder, "before", 200)
+        undisturbed, before = token_times(decoder, "before", TOKENS)
         with slowed(engines[FIRST].process.pid):
             began_s = time.monotonic()
             during = []
-            for turn in range(20):
-                text, times = token_times(decoder, f"during {turn}", 200)
+            for turn in range(50):
+                text, times = token_times(decoder, f"during {turn}", TOKENS)
                 assert text == undisturbed
                 during += times
-                if time.monotonic() - began_s > 10:
+                if time.monotonic() - began_s > LOOK_S:
                     break
         decoder.say("stats")
         peers = decoder.hear("stats")["peers"]
-        after, ago = token_times(decoder, "after", 200)
+        after, ago = token_times(decoder, "after", TOKENS)
         assert after == undisturbed
     finally:
         for engine in engines.values():
