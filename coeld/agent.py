@@ -54,7 +54,7 @@ from coeld.model.store import Store
 from coeld.net.blobs import listening
 from coeld.net.engine_link import Answer, EngineLink
 from coeld.net.mqtt import BusOptions, ControlBus
-from coeld.net.weights import Weights
+from coeld.net.weights import DiskBudget, Weights
 from coeld.node import Node, NodeConfig
 
 INBOX_MAX: Final = 4096
@@ -111,8 +111,12 @@ class Agent:
                     self._config.model.name,
                     self._identity.node,
                     network.blob_mb_per_s * 1e6,
-                    self._config.device.disk_free_mb * 1_000_000,
+                    DiskBudget(
+                        self._config.device.disk_mb * 1_000_000,
+                        self._config.device.disk_free_mb * 1_000_000,
+                    ),
                     self._node.holders,
+                    self._node.wanted_on_disk,
                     self._engine.load,
                     self._deliver,
                 )

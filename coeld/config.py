@@ -61,6 +61,14 @@ class Device:
         0,
         100,
     )
+    disk_mb: int = _key(
+        0,
+        "Megabytes (10^6 bytes) that the store may take. Copies of what other devices serve are "
+        "deleted when it takes more, never what this device needs or nobody else serves. "
+        "0 = no limit but disk_free_mb, and nothing is deleted.",
+        0,
+        1_000_000_000,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from coeld.node_status import describe
 from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
 from coeld.routes import RouteTable
+from coeld.update.disk import Wanted
 from coeld.update.migration import LotState, Migration, Move, Plan, Wish
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
@@ -120,6 +121,21 @@ class Node:
             for record in self.perception.present()
             if record.origin != self.node_id and record.model is not None and record.blob_port
         ]
+
+    def wanted_on_disk(self) -> Wanted:
+        """Which lots this device's disk is needed for, and on how many other disks they are.
+
+        Devices at one address may share a store: their needs count as ours, their copies do not.
+        """
+        others: Counter[Lot] = Counter()
+        ours = [*self.migration.serving, *self.migration.loading]
+        suspects = self.perception.suspects()
+        for record in self._market():
+            if record.blob_host == self.config.blob_host:
+                ours += [*record.serving, *(claim.lot for claim in record.claims)]
+            elif record.origin not in suspects:
+                others.update(record.serving)
+        return Wanted(frozenset(ours), others)
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""

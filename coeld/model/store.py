@@ -265,6 +265,20 @@ class Store:
             for left in self.partial.iterdir():
                 _discard(left)
 
+    def used_bytes(self) -> int:
+        """What blobs and unfinished files take."""
+        return sum(_size(path) for place in (self._blobs, self.partial) for path in _files(place))
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Remove blobs, given by their sha256; their models stay, with parts to be fetched again.
+
+        Who has a blob open or mapped keeps it until then. Raises ModelError when another process
+        is changing the store.
+        """
+        with self.lock():
+            for name in names:
+                (self._blobs / name).unlink(missing_ok=True)
+
     def _collect(self, removed: str) -> None:
         try:
             used = {ref.sha256 for manifest in self.models() for ref in manifest.blobs()}
@@ -303,6 +317,20 @@ def _ask_for(path: Path) -> None:
         os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(handle)
+
+
+def _files(place: Path) -> list[Path]:
+    try:
+        return list(place.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it has got its final name meanwhile
+        return 0
 
 
 def _discard(path: Path) -> None:

@@ -6,9 +6,12 @@ again or taken by somebody else. A device without a model takes the one that the
 one it was told to serve): manifest, trunk and tokenizer; so one device imports a model and the
 others get it. And when nothing else is to do, the rest of the model follows as long as the disk has
 room to spare: who dies then takes no weights along, and a lot that moves is there already. Each
-device begins somewhere else, so that disks too small for all of it hold different parts.
+device begins somewhere else, so that disks too small for all of it hold different parts, and with
+what only one other device serves: two disks where there is room.
 
-Weights are never deleted here: a device that lost a lot keeps its bytes and serves them.
+A device that lost a lot keeps its bytes and serves them. Only where the store has a budget
+(`device.disk_mb`) are copies deleted, those that coeld.update.disk chooses: to get room for lots
+that were won, and when the store takes more than it may.
 """
 
 import asyncio
@@ -16,23 +19,37 @@ import hashlib
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
-from coeld.errors import CoeldError, FetchFailed, ModelError
+from coeld.errors import CoeldError, DiskFull, FetchFailed, ModelError
 from coeld.events import Event, LoadFailed
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.manifest import BlobRef, Manifest
 from coeld.model.store import Store, free_bytes
 from coeld.net.blobs import BlobServer, Holder, Rate, fetch, fetch_manifest
+from coeld.update.disk import Blob, Wanted, to_delete
 
 LOOK_S: Final = 1.0
 """Between looks whether the swarm has a model, while this device has none."""
 RESERVE_BYTES: Final = 64 << 20
 """What a fetch leaves free on the disk."""
+COLLECT_S: Final = 10.0
+"""Between looks whether the store takes more than it may."""
 
 log = logging.getLogger(__name__)
 
 Holders = Callable[[], list[tuple[ModelHash, str, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class DiskBudget:
+    """What the store may take, and what stays free beside it."""
+
+    store_bytes: int
+    """0 = no limit."""
+    free_bytes: int
+    """Copies are fetched only while more than this is free."""
 
 
 class Weights:
@@ -44,14 +61,15 @@ class Weights:
         wanted_name: str,
         node: NodeId,
         bytes_per_s: float,
-        spare_bytes: int,
+        disk: DiskBudget,
         holders: Holders,
+        wanted: Callable[[], Wanted],
         load: Callable[[Sequence[Lot]], None],
         emit: Callable[[Event], None],
     ) -> None:
         self._store, self._wanted, self._holders = store, wanted_name, holders
         self._load, self._emit = load, emit
-        self._node, self._spare_bytes = node, spare_bytes
+        self._node, self._disk, self._on_disk = node, disk, wanted
         self._incoming = Rate(bytes_per_s)
         self.server = BlobServer(store, Rate(bytes_per_s))
         self._orders: deque[tuple[Lot, ...]] = deque()
@@ -59,10 +77,13 @@ class Weights:
         self._manifest: Manifest | None = None
         self._spare: deque[BlobRef] = deque()
         """What nobody waits for and is not here, in this device's own order."""
+        self._lots: dict[str, list[Lot]] = {}
+        """By sha256: the lots of the open model whose weights a blob has."""
+        self._collect_at = float("-inf")
         self._other_names: set[ModelHash] = set()
         """Models of the swarm that are not the one this device is to serve."""
         self._complaint = ""
-        self.fetched_bytes = 0
+        self.fetched_bytes = self.deleted_bytes = 0
         self.fetching = ""
         """What is under way, for people; "" when nothing is."""
 
@@ -71,6 +92,7 @@ class Weights:
             "fetching": self.fetching,
             "missing_blobs": sum(not self._store.has(ref) for ref in self._spare),
             "fetched_bytes": self.fetched_bytes,
+            "deleted_bytes": self.deleted_bytes,
             "sent_bytes": self.server.sent_bytes,
         }
 
@@ -100,7 +122,7 @@ class Weights:
                 continue
             if name is None and self._nothing_installed():
                 await self._find_model()
-            elif name and await self._next_spare(name):
+            elif name and (self._collect(name) or await self._next_spare(name)):
                 continue
             self._changed.clear()
             try:
@@ -115,10 +137,17 @@ class Weights:
         """Raises ModelError when the manifest is gone or damaged."""
         if self._manifest is None or self._manifest.name != model:
             self._manifest = self._store.manifest(model)
-            rest = [ref for ref in self._manifest.blobs() if not self._store.has(ref)]
-            self._spare = deque(sorted(rest, key=self._turn))
+            self._lots = {}
+            for layer, experts in enumerate(self._manifest.experts):
+                for expert, ref in enumerate(experts):
+                    self._lots.setdefault(ref.sha256, []).append(Lot(layer, expert))
+            self._list_spare(self._manifest)
         refs = [self._manifest.experts[lot.layer][lot.expert] for lot in lots]
         return [ref for ref in refs if not self._store.has(ref)]
+
+    def _list_spare(self, manifest: Manifest) -> None:
+        rest = [ref for ref in manifest.blobs() if not self._store.has(ref)]
+        self._spare = deque(sorted(rest, key=self._turn))
 
     def _turn(self, ref: BlobRef) -> bytes:
         return hashlib.sha256(f"{self._node}{ref.sha256}".encode()).digest()
@@ -127,12 +156,13 @@ class Weights:
         """Fetch one more blob that nobody waits for; False when there is none, or no room."""
         try:
             self._missing(model, ())
-            while self._spare and self._store.has(self._spare[0]):
-                self._spare.popleft()
+            self._spare_next()
             if not self._spare or self._manifest is None:
                 return False
             ref = self._spare[0]
-            if free_bytes(self._store.root) < ref.bytes + self._spare_bytes:
+            if free_bytes(self._store.root) < ref.bytes + self._disk.free_bytes:
+                return False
+            if self._excess(ref.bytes) > 0:
                 return False
             await self._bring([ref], self._manifest.hash, "the rest of the model", quiet=True)
         except (CoeldError, OSError) as exc:
@@ -140,6 +170,18 @@ class Weights:
             self._spare.rotate(-1)
             return False
         return True
+
+    def _spare_next(self) -> None:
+        """Bring to the front what only one other device serves, if there is such a blob."""
+        while self._spare and self._store.has(self._spare[0]):
+            self._spare.popleft()
+        wanted = self._on_disk()
+        for place, ref in enumerate(self._spare):
+            lots = self._lots.get(ref.sha256)
+            if lots and wanted.copies(lots) == 1 and not self._store.has(ref):
+                del self._spare[place]
+                self._spare.appendleft(ref)
+                return
 
     async def _next_order(self, model: str) -> None:
         lots = self._orders[0]
@@ -161,6 +203,7 @@ class Weights:
         if not refs:
             return
         size = sum(ref.bytes for ref in refs)
+        self._make_room(size)
         self._store.require_free(size + RESERVE_BYTES)
         holders = [Holder(host, port) for has, host, port in self._holders() if has == model]
         self.fetching = f"{what} ({size / 1e6:.0f} MB) from {len(holders)} devices"
@@ -169,6 +212,60 @@ class Weights:
             await fetch(self._store, refs, holders, self._incoming, self._count)
         finally:
             self.fetching = ""
+
+    # The budget of the disk
+
+    def _excess(self, more_bytes: int) -> int:
+        """By how much the store would exceed its budget with that many bytes more."""
+        if not self._disk.store_bytes:
+            return 0
+        return self._store.used_bytes() + more_bytes - self._disk.store_bytes
+
+    def _make_room(self, more_bytes: int) -> None:
+        """Delete copies until that much fits. Raises DiskFull when not enough may go."""
+        excess = self._excess(more_bytes)
+        if excess > 0:
+            excess -= self._delete(excess)
+        if excess > 0:
+            raise DiskFull(
+                f"{more_bytes} bytes of weights do not fit: {excess} too many for device.disk_mb, "
+                "and nothing more may be deleted. Raise it, or remove a model that is not served."
+            )
+
+    def _collect(self, model: str) -> bool:
+        """When it is time, delete what is over the budget; False: nothing was deleted."""
+        now = asyncio.get_running_loop().time()
+        if now < self._collect_at:
+            return False
+        self._collect_at = now + COLLECT_S
+        try:
+            self._missing(model, ())
+            excess = self._excess(0)
+            return excess > 0 and self._delete(excess) > 0
+        except (CoeldError, OSError) as exc:
+            log.debug("nothing can be deleted now: %s", exc)
+            return False
+
+    def _delete(self, excess_bytes: int) -> int:
+        """Delete copies of that size or as much as may go; returns the bytes. Raises ModelError."""
+        if self._manifest is None:
+            return 0
+        refs = {ref.sha256: ref for layer in self._manifest.experts for ref in layer}
+        for manifest in self._store.models():
+            if manifest.hash != self._manifest.hash:
+                for ref in manifest.blobs():
+                    refs.pop(ref.sha256, None)
+        here = sorted(filter(self._store.has, refs.values()), key=self._turn)
+        blobs = [Blob(ref.sha256, ref.bytes, self._lots[ref.sha256]) for ref in here]
+        gone = to_delete(blobs, self._on_disk(), excess_bytes)
+        if not gone:
+            return 0
+        self._store.delete(blob.sha256 for blob in gone)
+        self._list_spare(self._manifest)
+        size = sum(blob.bytes for blob in gone)
+        self.deleted_bytes += size
+        log.info("deleted %d copies (%.0f MB) that others serve", len(gone), size / 1e6)
+        return size
 
     def _count(self, size: int) -> None:
         self.fetched_bytes += size

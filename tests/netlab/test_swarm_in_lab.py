@@ -46,3 +46,32 @@ def test_a_swarm_answers_through_a_partition_and_is_whole_again_when_it_heals(tm
         demo.wait_settled(devices, 3, time.monotonic())
         for device in devices:
             assert answer(device, tokens=TOKENS)[0] == undisturbed
+
+
+def test_a_disk_with_a_budget_keeps_to_it_and_no_answer_suffers(tmp_path, store) -> None:
+    budget = 110  # of 147 MB; what a device needs itself is about 105
+    with swarm_in_lab(tmp_path, [demo.budget_mb(3)] * 3, "lan") as devices:
+        small = devices[2]
+        small.kill()
+        path = small.folder / "agent.toml"
+        own = path.read_text().replace(str(store.root), f"{small.folder}/store")
+        path.write_text(own.replace("[network]", "[network]\nblob_mb_per_s = 0"))
+        small.start()
+        demo.wait_settled(devices, 3, time.monotonic())
+        undisturbed = answer(devices[0], tokens=TOKENS)[0]
+        poll(lambda: (s := small.status()) and s["weights"]["missing_blobs"] == 0)
+        blobs = Store(small.folder / "store")
+        assert blobs.used_bytes() > budget * 1e6  # a copy of everything, while it may
+
+        small.kill()
+        path.write_text(path.read_text().replace("[device]", f"[device]\ndisk_mb = {budget}"))
+        small.start()
+        demo.wait_settled(devices, 3, time.monotonic())
+        poll(lambda: blobs.used_bytes() <= budget * 1e6)
+        status = small.status()
+        assert status is not None
+        assert status["weights"]["deleted_bytes"] > 0
+        devices[1].kill()  # what it takes over has to be fetched, and room to be made
+        demo.wait_settled([devices[0], small], 2, time.monotonic())
+        assert answer(small, tokens=TOKENS)[0] == undisturbed
+        assert blobs.used_bytes() <= budget * 1e6

@@ -10,7 +10,8 @@ from coeld.events import Event, LoadFailed
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.store import Store
 from coeld.net import blobs, weights
-from coeld.net.weights import Weights
+from coeld.net.weights import DiskBudget, Weights
+from coeld.update.disk import Wanted
 from tests.unit.net.test_blobs import complete, holding
 
 ME = NodeId("a" * 16)
@@ -26,19 +27,23 @@ def impatient(monkeypatch) -> None:
 class Device:
     """A Weights over a store of its own, with what it tells engine and node."""
 
-    def __init__(self, root: Path, wanted: str = "", spare_bytes: int = 1 << 60) -> None:
+    def __init__(
+        self, root: Path, wanted: str = "", spare_bytes: int = 1 << 60, disk_bytes: int = 0
+    ) -> None:
         self.store = Store(root)
         self.holders: list[tuple[ModelHash, str, int]] = []
         self.loaded: list[tuple[Lot, ...]] = []
         self.events: list[Event] = []
         self.open: str | None = None
+        self.swarm = Wanted(frozenset(), {})
         self.weights = Weights(
             self.store,
             wanted,
             ME,
             0,
-            spare_bytes,
+            DiskBudget(disk_bytes, spare_bytes),
             lambda: self.holders,
+            lambda: self.swarm,
             lambda lots: self.loaded.append(tuple(lots)),
             self.events.append,
         )
@@ -151,3 +156,82 @@ def test_with_room_to_spare_everything_follows(tmp_path, tiny_store, tiny) -> No
     asyncio.run(main())
     assert complete(device.store, tiny)
     assert device.weights.status()["missing_blobs"] == 0
+
+
+def expert_bytes(model) -> int:
+    return sum({ref.sha256: ref.bytes for layer in model.experts for ref in layer}.values())
+
+
+def test_a_store_beyond_its_budget_lets_copies_go_and_keeps_what_is_needed(
+    tmp_path, tiny_store, tiny
+) -> None:
+    sizes = sum(ref.bytes for ref in tiny.blobs())
+    device = Device(tmp_path, disk_bytes=sizes - expert_bytes(tiny) // 2)
+    with device.store.lock():
+        for ref in tiny.blobs():
+            device.store.put(tiny_store.blob_path(ref).read_bytes())
+        device.store.save(tiny)
+    device.open = "tiny"
+    lots = tiny.demand().lots()
+    kept, alone = set(lots[:8]), set(lots[8:12])
+    served = {lot: 1 + lot.expert % 2 for lot in lots if lot not in alone}
+    device.swarm = Wanted(frozenset(kept), served)
+    asyncio.run(device.until(lambda: device.weights.deleted_bytes))
+    gone = {lot for lot in lots if not device.store.has(tiny.experts[lot.layer][lot.expert])}
+    assert gone
+    assert not gone & (kept | alone)
+    assert device.store.used_bytes() <= sizes - expert_bytes(tiny) // 2
+    twice = {lot for lot in served if served[lot] == 2 and lot not in kept}
+    assert twice <= gone or gone <= twice
+    assert device.weights.status()["missing_blobs"] == len(gone)
+    assert all(device.store.has(ref) for ref in tiny.trunk_blobs() + tiny.text_blobs())
+
+
+def test_room_for_what_was_won_is_made_of_copies_or_the_load_fails(
+    tmp_path, tiny_store, tiny
+) -> None:
+    needed = sum(ref.bytes for ref in tiny.trunk_blobs() + tiny.text_blobs())
+    layer = sum(ref.bytes for ref in tiny.experts[0])
+    device = Device(tmp_path, disk_bytes=needed + layer + 1000)
+    with_trunk(device, tiny_store, tiny)
+    lots = tiny.demand().lots()
+    first, second = tuple(lots[:8]), tuple(lots[8:16])
+    device.swarm = Wanted(frozenset(second), dict.fromkeys(first, 1))
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            for order in (first, second):
+                device.weights.load("tiny", order)
+                await device.until(lambda order=order: order in device.loaded)
+            device.swarm = Wanted(frozenset(second), {})
+            device.weights.load("tiny", first)
+            await device.until(lambda: device.events)
+
+    asyncio.run(main())
+    assert device.loaded == [first, second]
+    assert device.store.used_bytes() <= needed + layer + 1000
+    (event,) = device.events
+    assert isinstance(event, LoadFailed)
+    assert "device.disk_mb" in event.why
+
+
+def test_what_only_one_other_device_serves_is_copied_first_and_the_budget_is_kept(
+    tmp_path, tiny_store, tiny
+) -> None:
+    needed = sum(ref.bytes for ref in tiny.trunk_blobs() + tiny.text_blobs())
+    layer = sum(ref.bytes for ref in tiny.experts[0])
+    device = Device(tmp_path, spare_bytes=0, disk_bytes=needed + layer + 1000)
+    with_trunk(device, tiny_store, tiny)
+    lots = tiny.demand().lots()
+    device.swarm = Wanted(frozenset(), {lot: 1 if lot.layer == 1 else 2 for lot in lots})
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: all(device.store.has(ref) for ref in tiny.experts[1]))
+
+    asyncio.run(main())
+    here = [lot for lot in lots if device.store.has(tiny.experts[lot.layer][lot.expert])]
+    assert {lot.layer for lot in here} == {1}
+    assert device.weights.deleted_bytes == 0
