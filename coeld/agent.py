@@ -23,7 +23,7 @@ from coeld import __version__
 from coeld.api import listen
 from coeld.api.serve import serve
 from coeld.api.server import Api
-from coeld.config import Config, broker_address, split_address
+from coeld.config import Config, broker_at, split_address
 from coeld.effects import (
     Connect,
     Disconnect,
@@ -138,7 +138,7 @@ class Agent:
         }
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(part, name=name) for name, part in parts.items()]
-            if self._config.swarm.discovery == "mdns" and not self._config.swarm.brokers:
+            if self._config.swarm.discovery == "mdns" and self._config.swarm.embedded:
                 tasks.append(group.create_task(self._discover(), name="discovery"))
             log.info(
                 "coeld %s: device %s listens on %s",
@@ -302,7 +302,9 @@ class Agent:
             host=network.host,
             port=network.mqtt_port,
             seeds=tuple(split_address("swarm.neighbours", text) for text in swarm.neighbours),
-            brokers=tuple(broker_address(url) for url in swarm.brokers),
+            brokers=tuple(map(broker_at, swarm.brokers)),
+            brokers_ca=swarm.brokers_ca,
+            embedded=swarm.embedded,
         )
 
     def _make_node(self, blobs: socket.socket) -> Node:
@@ -310,7 +312,7 @@ class Agent:
         config = NodeConfig(
             swarm=swarm.name,
             name=(self._config.device.name or socket.gethostname())[:64],
-            mqtt_host="" if swarm.brokers else self._config.network.host,
+            mqtt_host=self._config.network.host if swarm.embedded else "",
             mqtt_port=self._bus.port or None,
             blob_host=self._config.network.host,
             blob_port=blobs.getsockname()[1],

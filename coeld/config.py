@@ -12,7 +12,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
+from urllib.parse import unquote
 
 from coeld.errors import ConfigError
 
@@ -174,7 +175,7 @@ class Network:
     mqtt_port: int = _key(
         1884,
         "TCP port of the embedded MQTT broker. Not 1883, where a broker of yours may live. "
-        "0 = any free one. Unused when swarm.brokers is set.",
+        "0 = any free one. Unused when swarm.brokers replace it.",
         0,
         65535,
     )
@@ -201,8 +202,16 @@ class Swarm:
     )
     brokers: tuple[str, ...] = _key(
         (),
-        'Use these MQTT brokers, as "mqtt://host:port", instead of the embedded one. With several, '
-        "each that is up is used.",
+        'Use these MQTT brokers, as "mqtt://host:port" or "mqtts://user:password@host:port". With '
+        "several, each that is up is used, so that no device waits for a broker that is gone.",
+    )
+    brokers_ca: str = _key(
+        "", 'File with the certificates that mqtts:// brokers are signed with. "" = the system\'s.'
+    )
+    brokers_only: bool = _key(
+        True,
+        "true = brokers replace the embedded one. false = both at once: devices also find each "
+        "other on the local network when the brokers are gone, at the price of more messages.",
     )
     heartbeat_ms: int = _key(
         500,
@@ -226,6 +235,11 @@ class Swarm:
         50,
         600_000,
     )
+
+    @property
+    def embedded(self) -> bool:
+        """Whether this device runs a broker of its own."""
+        return not (self.brokers and self.brokers_only)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,10 +360,10 @@ def _check_across(config: Config) -> None:
     for address in swarm.neighbours:
         split_address("swarm.neighbours", address)
     for url in swarm.brokers:
-        broker_address(url)
+        broker_at(url)
     fixed = (network.data_port, network.blob_port, config.api.tcp_port)
     ports = [port for port in fixed if port]
-    ports += [network.mqtt_port] if network.mqtt_port and not swarm.brokers else []
+    ports += [network.mqtt_port] if network.mqtt_port and swarm.embedded else []
     if len(set(ports)) != len(ports):
         raise ConfigError(
             "network.data_port, network.blob_port, network.mqtt_port and api.tcp_port must differ "
@@ -388,13 +402,32 @@ def split_address(key: str, text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def broker_address(url: str) -> tuple[str, int]:
-    """ "mqtt://host[:port]" to host and port (1883 if unsaid). Raises ConfigError."""
+class Broker(NamedTuple):
+    """Where an MQTT broker of the user's own listens, and how to be let in."""
+
+    host: str
+    port: int
+    tls: bool = False
+    user: str = ""
+    password: str = ""
+
+
+def broker_at(url: str) -> Broker:
+    """ "mqtt[s]://[user[:password]@]host[:port]", port 1883 or 8883 if unsaid, user and password
+    percent-encoded. Raises ConfigError, which does not repeat a password."""
     scheme, _, rest = url.partition("://")
-    if scheme != "mqtt" or not rest or "/" in rest or "@" in rest:
-        raise ConfigError(f'swarm.brokers = {url!r}: must look like "mqtt://host:port".')
-    has_port = ":" in rest.rpartition("]")[2]
-    return split_address("swarm.brokers", rest if has_port else f"{rest}:1883")
+    login, at, address = rest.rpartition("@")
+    user, _, password = (unquote(word) for word in login.partition(":"))
+    if scheme not in ("mqtt", "mqtts") or not address or "/" in address or (at and not user):
+        shown = url.replace(login, "…") if login else url
+        raise ConfigError(
+            f'swarm.brokers = {shown!r}: must look like "mqtt://host:port" or '
+            '"mqtts://user:password@host:port" (percent-encode / and @ in a password).'
+        )
+    port = 8883 if scheme == "mqtts" else 1883
+    has_port = ":" in address.rpartition("]")[2]
+    host, port = split_address("swarm.brokers", address if has_port else f"{address}:{port}")
+    return Broker(host, port, scheme == "mqtts", user, password)
 
 
 def example() -> str:

@@ -31,6 +31,15 @@ class NeighbourLost:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokersReached:
+    """The last of the user's own brokers has gone (`any` is False), or the first is back.
+
+    Without one nobody can be heard, which says nothing about anybody."""
+
+    any: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CallFailed:
     """The data path could not reach `node`: a reason to suspect, no more."""
 
@@ -78,6 +87,7 @@ Event = (
     Tick
     | MessageReceived
     | NeighbourLost
+    | BrokersReached
     | CallFailed
     | ResourcesSampled
     | EngineStarted

@@ -18,6 +18,7 @@ from coeld.deployment.proposal import Deliberation
 from coeld.deployment.supply import facts_of
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
+    BrokersReached,
     CallFailed,
     EngineStarted,
     EngineStopped,
@@ -175,6 +176,8 @@ class Node:
                 self.perception.hear(sender, message, now)
             case NeighbourLost(node):
                 self.perception.lost(node, now)
+            case BrokersReached(reached):
+                self.perception.membership.listen(reached, now)
             case CallFailed(node):
                 self.perception.membership.suspect(node, now)
             case ResourcesSampled(resources):

@@ -3,12 +3,17 @@
 aiomqtt does the protocol. Around it: the inbox is bounded and drops what is too large before
 anything looks at it; the pause between attempts grows from 0.2 s to 5 s with jitter, so that a
 broker that comes back is not met by everybody at once; trouble is logged once, not every time.
+
+Brokers of the user's own are spoken to in MQTT 5, which need not send a device its own messages
+back, and lets those die that nobody takes; one that refuses it is spoken to in 3.1.1. The embedded
+brokers know 3.1.1 only.
 """
 
 import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable
 from random import Random
 from typing import Any, Final, cast
@@ -16,7 +21,11 @@ from typing import Any, Final, cast
 import aiomqtt
 import paho.mqtt.client as mqtt
 from paho.mqtt.enums import MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
+from coeld.config import Broker
 from coeld.messages import MESSAGE_BYTES_MAX
 from coeld.net.mqtt_topics import Card, Topics, client_id
 
@@ -30,6 +39,8 @@ INBOX_MAX: Final = 4096
 PACKET_BYTES_MAX: Final = 4 << 20
 """From a broker. Above MESSAGE_BYTES_MAX a message is dropped, above this the connection is."""
 PAUSE_S: Final = (0.2, 5.0)
+EXPIRY_S: Final = 10
+"""That a broker keeps a message; older ones say nothing new."""
 STEADY_S: Final = 5.0
 """A connection that lasted this long starts over with the shortest pause."""
 
@@ -48,11 +59,17 @@ class Link:
         topics: Topics,
         card: Card,
         on_message: Callable[["Link", str, bytes], None],
-        on_down: Callable[["Link"], None],
+        on_change: Callable[["Link"], None],
         rng: Random,
+        external: Broker | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.number = number
         self.address = address
+        self.external = external
+        """None: the embedded broker of another device."""
+        self.version = 5 if external else 4
+        """Of MQTT, as it counts itself: 4 is 3.1.1."""
         self.node: str | None = None
         """Whose broker it is, once known."""
         self.up = False
@@ -61,7 +78,8 @@ class Link:
         """Too large, or more than the inbox held."""
         self.down_since = 0.0
         self._topics, self._card = topics, card
-        self._on_message, self._on_down, self._rng = on_message, on_down, rng
+        self._on_message, self._on_change, self._rng = on_message, on_change, rng
+        self._tls = tls if external and external.tls else None
         self._client: aiomqtt.Client | None = None
 
     async def run(self, give_up_s: float | None) -> None:
@@ -81,7 +99,9 @@ class Link:
             if self.up:
                 self.up = False
                 self.down_since = clock()
-                self._on_down(self)
+                self._on_change(self)
+            elif self.external:
+                self.version = 4 if self.version == 5 else 5
             if clock() - began > STEADY_S:
                 pause_s = PAUSE_S[0]
             await asyncio.sleep(pause_s * self._rng.uniform(0.5, 1.5))
@@ -91,12 +111,18 @@ class Link:
         """QoS 0; lost when the link is down."""
         if self._client and self.up:
             with contextlib.suppress(aiomqtt.MqttError):  # `run` notices a broken link itself
-                await self._client.publish(topic, payload, timeout=ANSWER_S)
+                await self._client.publish(
+                    topic, payload, properties=self._expiry(), timeout=ANSWER_S
+                )
 
     async def _listen(self) -> None:
         """One connection from beginning to end. Raises MqttError."""
         client = aiomqtt.Client(
             *self.address,
+            protocol=aiomqtt.ProtocolVersion(self.version),
+            username=(self.external.user or None) if self.external else None,
+            password=(self.external.password or None) if self.external else None,
+            tls_context=self._tls,
             identifier=client_id(self._card.node, self.number),
             will=aiomqtt.Will(self._topics.will(self._card.node), self._card.encode()),
             keepalive=KEEP_ALIVE_S,
@@ -111,15 +137,24 @@ class Link:
         try:
             await self._open(client)
             topics = self._topics.subscriptions(self._card.node)
-            await client.subscribe([(topic, 0) for topic in topics])
+            options: Any = SubscribeOptions(qos=0, noLocal=True) if self.version == 5 else 0
+            await client.subscribe([(topic, options) for topic in topics])
             self._client, self.up = client, True
             log.info("listening at the MQTT broker %s:%s", *self.address)
+            self._on_change(self)
             async for message in client.messages:
                 self.messages += 1
                 self._on_message(self, str(message.topic), bytes(message.payload))
         finally:
             self._client = None
             await self._close(client)
+
+    def _expiry(self) -> Properties | None:
+        if self.version < 5:
+            return None
+        expiry = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
+        expiry.MessageExpiryInterval = EXPIRY_S
+        return expiry
 
     async def _open(self, client: aiomqtt.Client) -> None:
         """Raises MqttError, also for a host that no name service would take."""

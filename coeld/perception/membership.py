@@ -67,6 +67,7 @@ class Membership:
         self._suspicion_s = config.suspicion_ms / 1000
         self._forget_s = config.forget_ms / 1000
         self._on_change = on_change
+        self._listening = True
         self._timed: dict[NodeId, Member] = {}
         """Those whose state will change by itself."""
 
@@ -124,12 +125,25 @@ class Membership:
                     member.changed_at = min(now, member.changed_at + deaf_s)
         self.due = min(self.due, now)
 
+    def listen(self, possible: bool, now: float) -> None:
+        """Whether anybody can be heard at all: while not, nobody's silence is counted, suspicions
+        wait, and the dead are remembered."""
+        if possible and not self._listening:
+            for member in self._timed.values():
+                member.heard_at = now
+                if member.status == Status.SUSPECT:
+                    member.changed_at = now
+        self._listening = possible
+        self.due = now
+
     def tick(self, now: float) -> list[NodeId]:
         """Let time pass; returns the devices that are forgotten."""
         if now < self.due:
             return []
         forgotten = []
         self.due = float("inf")
+        if not self._listening:
+            return []
         for member in list(self._timed.values()):
             expires_at = self._expires_at(member)
             if expires_at <= now:

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.broker
 
 def test_devices_hear_each_other_once_and_privately(mosquitto: Mosquitto) -> None:
     async def scenario() -> None:
-        stations = [Station(number, brokers=mosquitto.brokers) for number in (1, 2, 3)]
+        stations = [
+            Station(number, brokers=mosquitto.brokers, embedded=False) for number in (1, 2, 3)
+        ]
         one, two, three = stations
         async with one.on_air(), two.on_air(), three.on_air():
             await linked(*stations)
@@ -38,12 +40,12 @@ def test_devices_hear_each_other_once_and_privately(mosquitto: Mosquitto) -> Non
 
 def test_a_burst_of_a_thousand_messages_arrives_whole(mosquitto: Mosquitto) -> None:
     async def scenario() -> None:
-        one, two = (Station(number, brokers=mosquitto.brokers) for number in (1, 2))
+        one, two = (Station(number, brokers=mosquitto.brokers, embedded=False) for number in (1, 2))
         async with one.on_air(), two.on_air():
             await linked(one, two)
             before = two.messages(one)
             for number in range(1000):
-                await one.bus.publish(one.beat(number))
+                await one.bus.publish(one.beat(2 + number))
             await two.until(lambda: two.messages(one) >= before + 1000)
 
     asyncio.run(scenario())
@@ -52,7 +54,7 @@ def test_a_burst_of_a_thousand_messages_arrives_whole(mosquitto: Mosquitto) -> N
 def test_two_brokers_are_better_than_one(tmp_path: Path, mosquitto: Mosquitto) -> None:
     async def scenario() -> None:
         both = second.brokers + mosquitto.brokers
-        one, two = (Station(number, brokers=both) for number in (1, 2))
+        one, two = (Station(number, brokers=both, embedded=False) for number in (1, 2))
         async with one.on_air(), two.on_air():
             await linked(one, two)
             second.stop()
@@ -70,7 +72,7 @@ def test_two_brokers_are_better_than_one(tmp_path: Path, mosquitto: Mosquitto) -
 
 def test_a_broker_that_restarts_is_found_again(mosquitto: Mosquitto) -> None:
     async def scenario() -> None:
-        one, two = (Station(number, brokers=mosquitto.brokers) for number in (1, 2))
+        one, two = (Station(number, brokers=mosquitto.brokers, embedded=False) for number in (1, 2))
         async with one.on_air(), two.on_air():
             await linked(one, two)
             mosquitto.stop()
@@ -87,7 +89,7 @@ def test_a_last_will_is_a_reason_to_suspect(mosquitto: Mosquitto) -> None:
     async def scenario() -> None:
         victim = NodeId("e" * 16)
         will = aiomqtt.Will(Topics("test").will(victim), Card(victim, 1).encode())
-        async with Station(1, brokers=mosquitto.brokers).on_air() as one:
+        async with Station(1, brokers=mosquitto.brokers, embedded=False).on_air() as one:
             await eventually(lambda: one.bus.status()["links"][0]["up"])
             client = aiomqtt.Client("127.0.0.1", mosquitto.port, will=will)
             await client.__aenter__()

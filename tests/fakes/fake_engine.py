@@ -25,7 +25,8 @@ class FakeEngine:
     def __init__(self, fd: int, options: EngineOptions) -> None:
         self.options = options
         self.sock = socket.socket(fileno=fd)
-        self.listener = socket.create_server((options.host, options.port))
+        family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+        self.listener = socket.create_server((options.host, options.port), family=family)
         self.buffer = b""
         self.requests: dict[str, Job] = {}
         self.lots: set[tuple[int, int]] = set()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coeld.config import Config, broker_address, example, load, parse, split_address
+from coeld.config import Broker, Config, broker_at, example, load, parse, split_address
 from coeld.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[3] / "agent.toml.example"
@@ -55,7 +55,7 @@ def test_an_empty_file_is_all_defaults() -> None:
         ('[swarm]\nneighbours = ["pi:0"]', 'must be "host:port"'),
         ('[swarm]\nneighbours = ["pi:²"]', 'must be "host:port"'),
         ('[swarm]\nbrokers = ["http://pi:1883"]', 'must look like "mqtt://host:port"'),
-        ('[swarm]\nbrokers = ["mqtt://u:p@pi:1"]', 'must look like "mqtt://host:port"'),
+        ('[swarm]\nbrokers = ["mqtt://u:p@pi:1/x"]', 'must look like "mqtt://host:port"'),
         ("[swarm]\nheartbeat_ms = 2000", "must be at least twice swarm.heartbeat_ms"),
         ("[swarm]\nheartbeat_ms = 1500\nsuspicion_ms = 1000", "swarm.suspicion_ms"),
         ('[device]\nname = "a\\u0000b"', "NUL"),
@@ -104,6 +104,19 @@ def test_binary_rubbish_is_a_config_error(tmp_path: Path) -> None:
 
 def test_addresses_with_brackets_and_default_ports() -> None:
     assert split_address("k", "[::1]:1884") == ("::1", 1884)
-    assert broker_address("mqtt://pi.local") == ("pi.local", 1883)
-    assert broker_address("mqtt://[::1]") == ("::1", 1883)
-    assert broker_address("mqtt://[::1]:77") == ("::1", 77)
+    assert broker_at("mqtt://pi.local") == Broker("pi.local", 1883)
+    assert broker_at("mqtts://[::1]") == Broker("::1", 8883, tls=True)
+    assert broker_at("mqtt://[::1]:77") == Broker("::1", 77)
+    login = broker_at("mqtts://me:p%40s%2Fs%3A@pi:1")
+    assert login == Broker("pi", 1, True, "me", "p@s/s:")
+    assert broker_at("mqtt://me@pi") == Broker("pi", 1883, False, "me", "")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://me:secret@pi", "mqtt://me:secret@", "mqtt://me:secret@pi/x", "mqtt://:secret@pi"],
+)
+def test_a_broker_that_is_none_is_refused_without_telling_the_password(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"swarm\.brokers") as error:
+        parse(f"[swarm]\nbrokers = ['{url}']")
+    assert "secret" not in str(error.value)

@@ -169,3 +169,26 @@ def test_the_table_is_bounded_and_says_what_it_ignored() -> None:
         members.apply(news(node=NodeId(f"{index:016x}")), 0.0)
     assert len(members.members) == MEMBERS_MAX
     assert members.ignored_full == 11
+
+
+def test_who_can_hear_nobody_accuses_nobody_and_counts_anew_afterwards() -> None:
+    members = membership()
+    members.apply(news(node=B), 0.0)
+    members.apply(news(node=C), 0.0)
+    members.apply(news(Status.DEAD, heartbeat=2, node=C), 0.5)
+    members.suspect(B, 1.0)  # a failed call still counts as a reason
+    members.listen(False, 1.5)
+    for second in range(2, 600):
+        assert members.tick(second) == []
+    assert members.due == float("inf")
+    found = [members.members[node].status for node in (A, B, C)]
+    assert found == [Status.ALIVE, Status.SUSPECT, Status.DEAD]
+    members.listen(True, 600.0)
+    members.tick(600.9)
+    assert members.members[B].status == Status.SUSPECT
+    members.tick(602.9)
+    assert status(members) == Status.ALIVE
+    members.tick(603.0)
+    assert status(members) == Status.SUSPECT
+    members.tick(604.0)
+    assert (status(members), members.members[B].status) == (Status.DEAD, Status.DEAD)
