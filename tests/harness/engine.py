@@ -22,7 +22,17 @@ CALIBRATION = Path(tempfile.gettempdir()) / f"coeld-tests-{os.getuid()}.json"
 class Engine:
     """An engine process, spoken to as its agent would."""
 
-    def __init__(self, store: Path, port: int = 0, node: str = NODE, context: int = 256) -> None:
+    def __init__(
+        self,
+        store: Path,
+        port: int = 0,
+        node: str = NODE,
+        context: int = 256,
+        start: Callable[..., subprocess.Popen] = subprocess.Popen,
+        **options: object,
+    ) -> None:
+        """`start` runs a command like Popen, perhaps elsewhere; `options` of the engine replace
+        the usual ones."""
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = {
@@ -30,10 +40,11 @@ class Engine:
                 "host": "127.0.0.1", "port": port, "threads": 1, "context-tokens": context,
                 "requests-max": 2, "call-deadline-ms": 500, "patience-s": 0.5,
                 "calibration": CALIBRATION,
+                **{name.replace("_", "-"): value for name, value in options.items()},
             }  # fmt: skip
             command = [sys.executable, "-m", "coeld.engine"]
             command += [word for k, v in arguments.items() for word in (f"--{k}", str(v))]
-            self.process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+            self.process = start(command, pass_fds=(theirs.fileno(),))
         ours.settimeout(60)
         self.sock = ours
         self.file = ours.makefile("rwb")
