@@ -189,6 +189,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=demo.MODEL, help="an installed model")
+    parser.add_argument("--vocabulary", help="whose tokenizer to use for a model without one")
     parser.add_argument("--gguf", type=Path, help="the same for llama.cpp")
     parser.add_argument("--devices", default="1,2,3")
     parser.add_argument("--profiles", default="lan,wifi")
@@ -203,6 +204,10 @@ def main() -> None:
     arguments = parse()
     store = Store(Path(os.environ["COELD_STORE"]))
     manifest = store.manifest(arguments.model)
+    if arguments.vocabulary:
+        words = store.manifest(arguments.vocabulary).tokenizer
+        manifest = replace(manifest, name=f"{manifest.name}-words", tokenizer=words)
+        store.save(manifest)
     program = os.environ.get("LLAMA_BENCH")
     found: dict[tuple[str, ...], Runs] = {}
     for _ in range(arguments.rounds):

@@ -39,6 +39,8 @@ class Branch:
     calls: dict[NodeId, Any] = field(default_factory=dict)
     late_at_s: float = NEVER
     part: Rows | None = None
+    computed_us: int = 0
+    """Of the time that the part took, what its owner computed."""
 
 
 @dataclass(slots=True)
@@ -96,7 +98,7 @@ class Branches:
                 del branch.calls[node]
                 self.on_failure(node, call.outcome)
             elif call.outcome is not None and branch.part is None:
-                branch.part = call.outcome
+                branch.part, branch.computed_us = call.outcome, call.computed_us
         if branch.part is not None:
             self.give_up([branch])
 

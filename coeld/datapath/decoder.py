@@ -18,6 +18,7 @@ from coeld.datapath.journey import Journey
 from coeld.datapath.legs import run_leg
 from coeld.datapath.ports import Cache, Lane, Rows
 from coeld.datapath.request import LegLost, Request
+from coeld.datapath.split import Split
 from coeld.datapath.ways import Way, way_of
 from coeld.errors import CacheLost, PeerError, PeerRefused
 from coeld.ids import NodeId
@@ -69,7 +70,7 @@ class Decoder:
             last = leg.stop == self._layers
             if leg.node != self._dispatcher.me:
                 keep = count - min(rows) if last else count
-                x = self._elsewhere(journey, leg, x, keep)
+                x = self._elsewhere(journey, leg, x, keep, errand.split)
                 if last:
                     there = [row - count + keep for row in rows]
                     x = self._here(here, x, Leg(leg.node, leg.stop, leg.stop), there, errand)
@@ -87,7 +88,7 @@ class Decoder:
         except PeerRefused as exc:
             raise LegLost(str(exc)) from exc
 
-    def _elsewhere(self, journey: Journey, leg: Leg, x: Rows, keep: int) -> Rows:
+    def _elsewhere(self, journey: Journey, leg: Leg, x: Rows, keep: int, split: Split) -> Rows:
         table = self._dispatcher.board.table
         address = table.addresses.get(leg.node) if table is not None else None
         if address is None:
@@ -95,14 +96,20 @@ class Decoder:
         asked = SpanCall(journey.number, journey.here.length, leg.first, leg.stop, keep)
         assert asked.position + len(x) <= POSITION_MAX
         journey.asked.add(leg.node)
+        started_s = time.monotonic()
         try:
-            return self._dispatcher.peers.span(leg.node, address, asked, x).result()
+            reply = self._dispatcher.peers.span(leg.node, address, asked, x)
+            rows = reply.result()
         except PeerError as exc:
             if not isinstance(exc, CacheLost):
                 self._lost_at[leg.node] = time.monotonic()
             if not isinstance(exc, PeerRefused):  # who refuses is alive
                 self._dispatcher.on_failure(leg.node, exc)
             raise LegLost(str(exc)) from exc
+        split.away(time.monotonic() - started_s, reply.computed_us / 1e6)
+        split.sent_bytes += x.nbytes
+        split.received_bytes += rows.nbytes
+        return rows
 
     def _way(self, table: RouteTable | None) -> Way:
         """The table's way, or all layers here while this device's graphs do not fit the way's legs
@@ -123,7 +130,7 @@ class _Errand:
 
     def __init__(self, decoder: Decoder, journey: Journey, request: Request) -> None:
         self._decoder, self._journey, self._request = decoder, journey, request
-        self.stalls_s = request.stalls_s
+        self.stalls_s, self.split = request.stalls_s, request.split
 
     def check(self) -> None:
         """A newer table may know a way on which nothing is missing."""

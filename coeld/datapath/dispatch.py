@@ -26,6 +26,7 @@ import numpy as np
 
 from coeld.datapath.branches import Branch, Branches, Picked
 from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
+from coeld.datapath.split import Split
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -110,7 +111,7 @@ class Dispatcher:
         waiting_since: float | None = None
         while True:
             version, failures = self.board.version, self.failures
-            total = self._attempt(layer, chosen, x, gates)
+            total = self._attempt(layer, chosen, x, gates, waiter.split)
             if total is not None:
                 break
             if self.failures > failures:
@@ -119,7 +120,9 @@ class Dispatcher:
             waiting_since = now if waiting_since is None else waiting_since
             self._wait(layer, version, waiting_since + self.patience_s - now, waiter)
         if waiting_since is not None:
-            waiter.stalls_s.append(time.monotonic() - waiting_since)
+            stall_s = time.monotonic() - waiting_since
+            waiter.stalls_s.append(stall_s)
+            waiter.split.wait_s += stall_s
         return total
 
     def _chosen(self, gates: Gates | None) -> frozenset[int]:
@@ -130,7 +133,7 @@ class Dispatcher:
         return frozenset(np.flatnonzero(columns).tolist())
 
     def _attempt(
-        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None
+        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None, split: Split
     ) -> Rows | None:
         """Call every owner, run what is here, collect: the sum, or None if any part is missing.
 
@@ -140,7 +143,7 @@ class Dispatcher:
         shares = self._share(layer, chosen)
         if shares is None:
             return None
-        branches = []
+        started_s, here_s, branches = time.monotonic(), 0.0, []
         for nodes, experts in shares.calls.items():
             ids = sorted(experts)
             branch = Branch(ids, nodes, *_rows_for(ids, x, gates))
@@ -149,7 +152,10 @@ class Dispatcher:
         parts: list[Rows] = []
         if shares.here:
             self._branches.send(branches)
+            began_s = time.monotonic()
             mine = self._run_here(layer, shares.here, x, gates)
+            here_s = time.monotonic() - began_s
+            split.experts_s += here_s
             if mine is None:
                 self._branches.give_up(branches)
                 return None
@@ -159,6 +165,13 @@ class Dispatcher:
         for branch in branches:
             assert branch.part is not None
             parts.append(_spread(branch.part, branch.picked, len(x)))
+            split.sent_bytes += branch.x.nbytes + (
+                0 if branch.gates is None else branch.gates.nbytes
+            )
+            split.received_bytes += branch.part.nbytes
+        if branches:
+            took_s = time.monotonic() - started_s - here_s
+            split.away(took_s, max(b.computed_us for b in branches) / 1e6 - here_s)
         return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0].copy())
 
     def _run_here(

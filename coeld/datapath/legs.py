@@ -8,6 +8,7 @@ the caller rebuilds from its tokens. So neither side computes on a cache that is
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -16,6 +17,7 @@ from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.plan import Cut, Span
 from coeld.datapath.ports import Cache, Gates, Lane, Rows, Waiter
+from coeld.datapath.split import Split
 from coeld.errors import CacheLost, NotCovered, PeerRefused
 
 CACHES_PER_CALLER_MAX: Final = 64
@@ -44,7 +46,9 @@ def run_leg(
         for step in part.steps:
             match step:
                 case Span():
+                    started_s = time.monotonic()
                     out, gates = part.run(step)
+                    waiter.split.trunk_s += time.monotonic() - started_s
                 case Cut(layer):
                     assert out is not None
                     part.add(dispatcher.run(layer, out, gates, waiter))
@@ -74,6 +78,7 @@ class Patient:
     """A guest's call: it waits for experts as long as the dispatcher allows."""
 
     stalls_s: list[float] = field(default_factory=list)
+    split: Split = field(default_factory=Split)
 
     def check(self) -> None:
         """The caller may have gone; its connection will tell when the answer is written."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.pace import Paces
 from coeld.datapath.plan import Span, Step
+from coeld.datapath.split import Split
 from coeld.errors import PeerError
 from coeld.ids import NodeId
 
@@ -70,6 +71,7 @@ class Waiter(Protocol):
 
     stalls_s: list[float]
     """How long it waited, each time an expert had no reachable owner."""
+    split: Split
 
     def check(self) -> None:
         """Raise what makes waiting any longer pointless."""
@@ -91,9 +93,17 @@ class Call(Protocol):
         """The partial sums (n, H), or why there are none; None: not yet."""
         ...
 
+    @property
+    def computed_us(self) -> int:
+        """Of the time that it took, what the peer computed."""
+        ...
+
 
 class Reply(Protocol):
     """A span that a peer runs."""
+
+    computed_us: int
+    """Of the time it took, what the peer computed."""
 
     def result(self) -> Rows:
         """Wait for the rows (n, H). Raises PeerError; ends at the call's deadline."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from coeld.datapath.journey import Journey
 from coeld.datapath.sampling import Sampling
+from coeld.datapath.split import Split
 from coeld.errors import CoeldError
 
 FinishReason = Literal["stop", "length"]
@@ -65,6 +66,9 @@ class Request:
     decoding_since_s: float = 0.0
     stalls_s: list[float] = field(default_factory=list)
     """How long it waited, each time an expert had no reachable owner."""
+    split: Split = field(default_factory=Split)
+    """Of the present phase."""
+    prefill_split: Split = field(default_factory=Split)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property

@@ -16,6 +16,7 @@ from typing import Final
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.request import Cancelled, FinishReason, LegLost, Request
 from coeld.datapath.sampling import choose
+from coeld.datapath.split import Split
 from coeld.errors import CoeldError, NotCovered
 
 PREFILL_CHUNK_TOKENS: Final = 256
@@ -105,6 +106,8 @@ class Scheduler:
         if not request.generated:
             request.prefill_s += now - started
             request.decoding_since_s = now
+            if request.cached == len(request.prompt):
+                request.prefill_split, request.split = request.split, Split()
         if request.cached < len(request.tokens):
             return None  # the prompt goes on, or what is replayed
         if request.generated:

@@ -313,6 +313,8 @@ class _Answer:
             completion_tokens=request.generated,
             prefill_s=round(request.prefill_s, 6),
             decode_s=round(request.decode_s, 6),
+            prefill_split=request.prefill_split.to_json(),
+            decode_split=request.split.to_json(),
             stalls=[round(stall_s, 3) for stall_s in request.stalls_s],
         )
 

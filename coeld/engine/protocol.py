@@ -23,7 +23,9 @@ Engine to agent (`ev`):
     load_failed {lots, why}
     token       {id, text}                                    text may hold several tokens or ""
     done        {id, finish_reason: "stop"|"length", prompt_tokens, completion_tokens,
-                 prefill_s, decode_s, stalls}                 stalls: [seconds] waited for owners
+                 prefill_s, decode_s, stalls, prefill_split, decode_split}
+                                                              stalls: [seconds] waited for owners;
+                                                              splits: see coeld.datapath.split
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:

@@ -255,6 +255,8 @@ class SpanReply:
     """Layer, and the shape of the answer."""
     started_s: float
     deadline_s: float
+    computed_us: int = 0
+    """Of its time, what the peer computed."""
 
     def result(self) -> Rows:
         """The residual stream (n, H). Raises PeerError."""
@@ -268,7 +270,7 @@ class SpanReply:
             answered = header.layer, (header.rows, header.hidden)
             if header.kind is not Kind.RESULT or answered != self.asked:
                 raise FrameError(f"asked for {self.asked}, got {header.kind.name} {answered}")
-            rows, _computed_us = frames.unpack_result(header, payload)
+            rows, self.computed_us = frames.unpack_result(header, payload)
         except PeerRefused:
             self.pool.stats_of(self.node).failures += 1
             raise

@@ -49,6 +49,8 @@ class Runner:
 class Call:
     """Ends with `outcome`, or only after somebody else's call if it is slow."""
 
+    computed_us = 1_000_000_000
+
     def __init__(self, node: NodeId, outcome, slow: bool = False) -> None:
         self.node = node
         self.told = outcome

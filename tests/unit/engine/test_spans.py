@@ -127,6 +127,31 @@ def test_a_span_dispatches_the_experts_that_its_device_lacks(device, expected) -
     assert devices[1].pool.stats()[A].calls > TOKENS  # A has all: whole layers go to it
 
 
+def test_the_time_of_an_answer_is_told_by_where_it_went(device, tiny) -> None:
+    """With everything here and with a leg elsewhere: nothing is counted twice, and bytes are those
+    of the rows."""
+    devices = [device(A), device(B)]
+    row_bytes = 4 * tiny.shape.hidden
+    for legs, sent_rows in (((), 0), ((Leg(A, 0, 1), Leg(B, 1, 3)), 1)):
+        routes = table(devices, legs)
+        for each in devices:
+            each.follow(routes)
+        request = Request("r", PROMPT, 5, Silent())
+        devices[0].model.scheduler.submit(request)
+        devices[0].finish()
+        for split, took_s, rows, answered in (
+            (request.prefill_split, request.prefill_s, len(PROMPT), 1),
+            (request.split, request.decode_s, 4, 4),
+        ):
+            parts = (split.trunk_s, split.experts_s, split.wire_s, split.wait_s)
+            assert min(parts) >= 0
+            assert sum(parts) <= took_s
+            assert split.trunk_s > 0
+            assert split.sent_bytes == sent_rows * rows * row_bytes
+            assert split.received_bytes == sent_rows * answered * row_bytes
+            assert (split.wire_s > 0) == bool(sent_rows)
+
+
 @pytest.mark.parametrize("when", [0, 1, 2, 7, 19])
 def test_a_device_that_goes_takes_nothing_of_the_answer_along(device, expected, when) -> None:
     devices = [device(A), device(B), device(C)]
