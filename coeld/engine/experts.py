@@ -7,7 +7,7 @@ the decoder and the peers' connections run it.
 """
 
 import threading
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from coeld.engine.feed_forward import session_order
 from coeld.engine.graphs import expert_graph
-from coeld.engine.sessions import Session, make_session
-from coeld.engine.side_by_side import side_by_side
+from coeld.engine.sessions import Session, let_go, make_session
+from coeld.engine.side_by_side import never, side_by_side
 from coeld.errors import PeerRefused
 from coeld.ids import Lot
 from coeld.model.manifest import Manifest, tensor_bytes
@@ -36,8 +36,11 @@ class Resident:
 class ExpertSet:
     """Lots in memory, by layer."""
 
-    def __init__(self, manifest: Manifest, store: Store) -> None:
+    def __init__(
+        self, manifest: Manifest, store: Store, gently: Callable[[], bool] = never
+    ) -> None:
         self._manifest = manifest
+        self._gently = gently
         self._store = store
         self._layers: dict[int, Resident] = {}
         self._held: frozenset[Lot] = frozenset()
@@ -73,7 +76,7 @@ class ExpertSet:
                 return None if layer in self._fused else self._built(layer, held)
 
             layers = sorted({lot.layer for lot in added})
-            residents = side_by_side(check, built, layers)
+            residents = side_by_side(check, built, layers, self._gently)
             for layer, resident in zip(layers, residents, strict=True):
                 if resident is not None:
                     self._swap(layer, resident)
@@ -85,8 +88,7 @@ class ExpertSet:
             kept = self._held - frozenset(lots)
             gone = self._held - kept
             self._held = kept
-            for layer in sorted({lot.layer for lot in gone} - self._fused):
-                self._swap(layer, self._built(layer, kept))
+            self._rebuild({lot.layer for lot in gone} - self._fused, kept)
 
     def hold_fused(self, lots: Iterable[Lot]) -> None:
         """Hold lots that the trunk's spans are about to contain: no sessions of their own.
@@ -106,14 +108,15 @@ class ExpertSet:
         """Give up the sessions of these layers: the spans contain their experts now."""
         with self._change:
             self._fused |= frozenset(layers)
-            self._layers = {k: v for k, v in self._layers.items() if k not in self._fused}
+            for layer in self._layers.keys() & self._fused:
+                self._swap(layer, None)
 
     def unfuse(self, layers: Collection[int]) -> None:
         """Build the sessions of these layers again, for peers to call."""
         with self._change:
-            for layer in sorted(self._fused & frozenset(layers)):
-                self._fused -= {layer}
-                self._swap(layer, self._built(layer, self._held))
+            some = self._fused & frozenset(layers)
+            self._rebuild(some, self._held)
+            self._fused -= some
 
     def run(
         self,
@@ -153,8 +156,22 @@ class ExpertSet:
         in_order = experts == tuple(range(self._manifest.shape.experts))
         return Resident(experts, make_session(graph), in_order)
 
+    def _rebuild(self, layers: Collection[int], held: frozenset[Lot]) -> None:
+        """The sessions of these layers, with what is held of them."""
+        some = sorted(layers)
+
+        def built(layer: int) -> Resident | None:
+            return self._built(layer, held)
+
+        residents = side_by_side(lambda _layer: None, built, some, self._gently)
+        for layer, resident in zip(some, residents, strict=True):
+            self._swap(layer, resident)
+
     def _swap(self, layer: int, resident: Resident | None) -> None:
         layers = {k: v for k, v in self._layers.items() if k != layer}
         if resident is not None:
             layers[layer] = resident
+        old = self._layers.get(layer)
         self._layers = layers
+        if old is not None:
+            let_go([old], self._gently)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from coeld.datapath.dispatch import RouteBoard
 from coeld.datapath.plan import Span, Step, borders_of, chunks, compile_plan, fusible_layers
 from coeld.engine.experts import ExpertSet
-from coeld.engine.sessions import Session, give_memory_back
+from coeld.engine.sessions import Session, give_memory_back, let_go
 from coeld.engine.trunk import Trunk
 from coeld.ids import NodeId
 
@@ -83,10 +83,11 @@ class Fitter:
             return True
         if not self._trunk.left():
             return False
-        change.retired.clear()
+        let_go(change.retired, self._trunk.gently)
         self._experts.fuse(change.form.fused)
         self.adopted = None
-        give_memory_back()
+        if not self._trunk.gently():
+            give_memory_back()  # takes malloc's locks; else who answers does it when it is done
         return True
 
     def _next(self) -> Form | None:

@@ -4,6 +4,7 @@ Put together here for the daemon's engine and for `coeld bench` and `coeld eval`
 what is measured is what runs.
 """
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -24,6 +25,8 @@ from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
 CONTEXT_TOKENS: Final = 2048
+FLOWING_S: Final = 0.5
+"""Longer without a turn's end: who answers is waiting."""
 
 
 class OpenModel:
@@ -48,8 +51,8 @@ class OpenModel:
         self.text = Text(manifest, store)
         store.verify(manifest.trunk_blobs())
         self.board = RouteBoard()
-        self.experts = ExpertSet(manifest, store)
-        self.trunk = Trunk(manifest, store, self.context_tokens)
+        self.experts = ExpertSet(manifest, store, self.is_answering)
+        self.trunk = Trunk(manifest, store, self.context_tokens, self.is_answering)
         self.dispatcher = Dispatcher(
             me=me,
             experts=manifest.shape.experts,
@@ -63,7 +66,19 @@ class OpenModel:
         self.decoder = Decoder(self.trunk.lane(), self.dispatcher, layers, new_cache)
         self.scheduler = Scheduler(self.decoder)
         self.guests = Ledger(guests_max * new_cache().bytes_for(self.context_tokens))
+        self._turned_s = float("-inf")
+        """When the last turn ended; the decoder's."""
         self.fitter = Fitter(self.trunk, self.experts, self.board, me)
+
+    def is_answering(self) -> bool:
+        """Whether tokens flow: a request that waits for lots wants them loaded at full speed."""
+        flowing = time.monotonic() - self._turned_s < FLOWING_S
+        return flowing and bool(self.scheduler.active)
+
+    def turn(self) -> None:
+        """One step of every request."""
+        self.scheduler.turn()
+        self._turned_s = time.monotonic()
 
     def refit(self) -> None:
         """Bring the graphs in line with what is held, here and now: nothing else may run."""

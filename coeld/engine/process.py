@@ -6,10 +6,12 @@ runs experts for that peer. A bug in any of them ends the process: the agent res
 half-working engine is worse than none.
 """
 
+import gc
 import os
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Final
@@ -31,6 +33,13 @@ from coeld.net.peers import Introduction, PeerPool, PeerServer
 from coeld.routes import RouteTable
 
 EXIT_BUG: Final = 70
+YIELD_SHARE: Final = 0.4
+"""While the loader works a turn lasts this much longer, the decoder resting for what is left of it:
+the loader's threads are nicer than the decoder's, and would hardly come to work beside an answer.
+Turns that were slow anyway are followed by the next one."""
+YIELD_S_MAX: Final = 0.05
+TURN_SMOOTHING: Final = 0.1
+"""Weight of the latest turn."""
 SETTLE_S: Final = 0.02
 """Between two looks whether the last part on a former plan has ended."""
 
@@ -45,6 +54,10 @@ class Engine:
         self._store = Store(options.store_dir)
         self._server = PeerServer(options.host, options.port)
         self._model: OpenModel | None = None
+        self._loading = False
+        """Whether the loader works; it alone says so."""
+        self._turn_s = 0.0
+        """What a turn takes while it does not, smoothed; the decoder's."""
         self._pool: PeerPool | None = None
         self._requests: dict[str, Request] = {}
         self._decoder_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -105,13 +118,23 @@ class Engine:
                 job = self._decoder_jobs.get(block=not busy)
             except queue.Empty:
                 assert self._model is not None
-                self._model.scheduler.turn()
+                self._turn(self._model)
                 if not self._model.scheduler.active:
                     give_memory_back()
                 continue
             if job is None:
                 return
             job()
+
+    def _turn(self, model: OpenModel) -> None:
+        """A turn of all requests, and while the loader works the rest of what a turn may take."""
+        started = time.monotonic()
+        model.turn()
+        took_s = time.monotonic() - started
+        if self._loading:
+            time.sleep(min(max(0.0, self._turn_s * (1 + YIELD_SHARE) - took_s), YIELD_S_MAX))
+        else:
+            self._turn_s += (took_s - self._turn_s) * TURN_SMOOTHING
 
     def _open(self, name: str) -> None:
         options = self._options
@@ -138,6 +161,8 @@ class Engine:
         if self._pool is not None:
             self._pool.close()
         self._model, self._pool = model, pool
+        gc.collect()
+        gc.freeze()  # else a look through all of this takes 35 ms, between two tokens
         self._server.serve(introduction, manifest.shape.hidden, model.experts.run, model.welcome)
         self._link.say(
             "opened",
@@ -205,7 +230,9 @@ class Engine:
                 continue
             if job is None:
                 return
+            self._loading = True
             job()
+            self._loading = False
 
     def _load_lots(self, lots: list[Lot]) -> None:
         named = [list(lot) for lot in lots]

@@ -27,7 +27,7 @@ from coeld.datapath.ports import Cache, Gates, Rows
 from coeld.engine.graphs import span_graph
 from coeld.engine.kvcache import KVCache
 from coeld.engine.sessions import Session, make_session
-from coeld.engine.side_by_side import side_by_side
+from coeld.engine.side_by_side import never, side_by_side
 from coeld.errors import PeerRefused
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
@@ -45,9 +45,16 @@ class Plan(NamedTuple):
 class Trunk:
     """The trunk of one model on this device: graphs and constants, which all lanes share."""
 
-    def __init__(self, manifest: Manifest, store: Store, context_tokens: int) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        context_tokens: int,
+        gently: Callable[[], bool] = never,
+    ) -> None:
         self.manifest = manifest
         self.shape = manifest.shape
+        self.gently = gently
         self.context_tokens = context_tokens
         self.plan = Plan((), {})
         self.cos_sin = tuple(map(ort.OrtValue.ortvalue_from_numpy, self._rope()))
@@ -87,7 +94,7 @@ class Trunk:
         ready = dict(self.plan.sessions)
         spans = [step for step in steps if isinstance(step, Span)]
         new = [span for span in spans if span not in ready]
-        sessions = side_by_side(check or (lambda _span: None), built, new)
+        sessions = side_by_side(check or (lambda _span: None), built, new, self.gently)
         ready.update(zip(new, sessions, strict=True))
         return {span: ready[span] for span in spans}
 

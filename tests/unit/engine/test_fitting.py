@@ -1,15 +1,17 @@
 """Changing the plan, and loading, while an answer is under way: the decoder waits for neither."""
 
 import gc
+import os
 import threading
+import time
 import weakref
 
 import pytest
 
 from coeld.datapath.request import Request
 from coeld.engine.measure import ME, NoPeers, Silent
-from coeld.engine.open_model import OpenModel
-from coeld.engine.side_by_side import AHEAD, side_by_side
+from coeld.engine.open_model import FLOWING_S, OpenModel
+from coeld.engine.side_by_side import AHEAD, NICENESS, side_by_side
 from coeld.ids import Lot, NodeId
 from coeld.model.store import Store
 from coeld.routes import RouteTable
@@ -196,3 +198,30 @@ def test_no_more_is_read_ahead_than_is_allowed() -> None:
 
     assert len(list(side_by_side(check, work, range(200)))) == 200
     assert 1 <= most <= AHEAD
+
+
+def test_loading_gives_way_while_tokens_flow(model) -> None:
+    own = os.getpriority(os.PRIO_PROCESS, os.getpid())
+
+    def nice(_item: int) -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def niceness() -> set[int]:
+        return set(side_by_side(lambda _item: None, nice, range(4), model.is_answering))
+
+    assert niceness() == {own}
+    start(model)
+    model.turn()
+    assert niceness() == {min(own + NICENESS, 19)}
+    finish(model)
+    assert niceness() == {own}
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own
+
+
+def test_a_request_that_waits_is_no_reason_to_give_way(model, monkeypatch) -> None:
+    start(model)
+    model.turn()
+    assert model.is_answering()
+    later = time.monotonic() + FLOWING_S
+    monkeypatch.setattr("coeld.engine.open_model.time.monotonic", lambda: later)
+    assert not model.is_answering()
