@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
+from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
+from coeld.lot_sets import integer as _int
 
-VERSION = 2
+VERSION = 3
 KIND_DIGEST = 1  # kinds are append-only: never renumber, never reuse
 KIND_DELTA = 2
 KIND_BEAT = 3
@@ -33,7 +34,6 @@ ENTRIES_MAX = 1024
 WANTED_MAX = 256
 PARTS_MAX = 256
 RECORDS_MAX = 64
-LOTS_PER_RECORD_MAX = 4096
 COPIES_MAX = 8
 NAME_CHARS_MAX = 64
 HOST_CHARS_MAX = 253
@@ -285,8 +285,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
     if record.model is not None:
         value["model"] = record.model
         value["data"] = [record.data_host, record.data_port]
-        value["claims"] = _runs((lot, (copy, bid)) for lot, copy, bid in record.claims)
-        value["serving"] = _runs((lot, ()) for lot in record.serving)
+        value["claims"] = pack((lot, (copy, bid)) for lot, copy, bid in record.claims)
+        value["serving"] = pack((lot, ()) for lot in record.serving)
     return value
 
 
@@ -302,7 +302,8 @@ def _record(value: Any) -> Record:
         model = ModelHash(_match(value["model"], _MODEL, "model"))
         data = _address(value, "data")
         claims = _claims(_list(value, "claims", LOTS_PER_RECORD_MAX))
-        serving = tuple(lot for lot, _ in _expand(_list(value, "serving", LOTS_PER_RECORD_MAX), 0))
+        rows = _list(value, "serving", LOTS_PER_RECORD_MAX)
+        serving = tuple(lot for lot, _ in unpack(rows, 0, 0))
     return Record(
         origin=_node(value.get("node")),
         incarnation=_int(value.get("inc"), "inc", COUNTER_MAX),
@@ -327,43 +328,8 @@ def _record(value: Any) -> Record:
     )
 
 
-def _runs(items: Iterable[tuple[Lot, tuple[int, ...]]]) -> list[list[int]]:
-    """Sorted lots as rows [layer, first expert, count, *extra] of neighbours with equal extra."""
-    rows: list[list[int]] = []
-    for (layer, expert), extra in items:
-        last = rows[-1] if rows else None
-        if last and last[0] == layer and last[1] + last[2] == expert and last[3:] == [*extra]:
-            last[2] += 1
-        else:
-            rows.append([layer, expert, 1, *extra])
-    return rows
-
-
-def lot_runs(lots: Iterable[Lot]) -> list[list[int]]:
-    """Sorted lots as rows [layer, first expert, count]."""
-    return _runs((lot, ()) for lot in lots)
-
-
-def _expand(rows: list[Any], extras: int) -> list[tuple[Lot, tuple[int, ...]]]:
-    """The inverse of `_runs`: ascending, without repetition, bounded before it grows."""
-    lots: list[tuple[Lot, tuple[int, ...]]] = []
-    for row in rows:
-        if not isinstance(row, list) or len(row) != 3 + extras:
-            raise FrameError("a run of lots has the wrong shape: message ignored")
-        layer = _int(row[0], "layer", LAYERS_MAX - 1)
-        first = _int(row[1], "expert", EXPERTS_PER_LAYER_MAX - 1)
-        count = _int(row[2], "count", EXPERTS_PER_LAYER_MAX - first, least=1)
-        extra = tuple(_int(item, "claim", BID_MAX) for item in row[3:])
-        if len(lots) + count > LOTS_PER_RECORD_MAX:
-            raise FrameError(f"a record names more than {LOTS_PER_RECORD_MAX} lots: ignored")
-        if lots and lots[-1][0] >= (layer, first):
-            raise FrameError("lots of a record are not ascending: message ignored")
-        lots.extend((Lot(layer, first + i), extra) for i in range(count))
-    return lots
-
-
 def _claims(rows: list[Any]) -> tuple[Claim, ...]:
-    claims = tuple(Claim(lot, extra[0], extra[1]) for lot, extra in _expand(rows, 2))
+    claims = tuple(Claim(lot, *extra) for lot, extra in unpack(rows, 2, BID_MAX))
     if any(claim.copy >= COPIES_MAX for claim in claims):
         raise FrameError(f"a claim names a copy above {COPIES_MAX - 1}: message ignored")
     return claims
@@ -425,12 +391,6 @@ def _differing(value: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a number of JSON")
-
-
-def _int(value: Any, what: str, most: int, least: int = 0) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise FrameError(f"{what}={str(value)[:24]!r} is not an integer in {least}..{most}")
-    return value
 
 
 def _text(value: dict[str, Any], key: str, chars_max: int) -> str:

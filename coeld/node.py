@@ -12,9 +12,9 @@ from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
-from coeld.deployment.placement import Quiet, owners, unclaimed
+from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, unclaimed
 from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
-from coeld.deployment.proposal import Deliberation
+from coeld.deployment.proposal import Deliberation, Facts
 from coeld.deployment.supply import facts_of
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
@@ -64,9 +64,13 @@ class Node:
         self._leading: dict[Task, Offer] | None = None
         """The best claims; None: not counted since they changed."""
         self._lots: list[Lot] = []
+        self._facts: Facts | None = None
+        self._facts_at = float("-inf")
+        """Since when they are so: devices come and go together, and thinking takes long."""
         self._thinking: Deliberation | None = None
         self._considered: object = None
         """What was served and held when bids were last worked out; None: work them out."""
+        self._wanted: Mapping[Lot, NodeId] = {}
         self._bids: dict[Lot, int] = {}
         self._missing_bytes = 0
         self._bid_wanted = True
@@ -206,7 +210,7 @@ class Node:
             return
         me = self.perception.me
         if self.demand is not None and me.model == self.demand.model:
-            if not self._deliberate(self.demand):
+            if not self._deliberate(self.demand, now):
                 self._quiet.disturb(now, self.config.settle_ms / 1000)
                 return
             rivals = leaders(r for r in self._market() if r.origin != self.node_id)
@@ -216,19 +220,29 @@ class Node:
         self._bid_supply = self.perception.supply
         self._bid_at = now + self.config.round_ms / 1000
 
-    def _deliberate(self, demand: ModelDemand) -> bool:
-        """Think a little about where everything should be; True when bids follow from it."""
+    def _deliberate(self, demand: ModelDemand, now: float) -> bool:
+        """Think a little about where everything should be; True when bids follow from it.
+
+        While what is served is as wanted, the wish stays: more of it is being carried out.
+        """
         records = self._market()
         facts = facts_of(demand, records)
-        if self._thinking is None or self._thinking.facts != facts:
+        if self._facts != facts:
+            self._facts, self._facts_at, self._thinking = facts, now, None
+        if self._thinking is None:
+            self._bid_at = self._facts_at + self.config.quiet_ms / 1000
+            if now < self._bid_at:
+                return False
             self._thinking, self._considered = Deliberation(facts), None
         if not self._thinking.advance():
             return False
         served, held = self._served(records), self._held(demand)
         if self._considered != (served, held):
+            fresh = self._considered is None
             self._considered = (served, held)
-            wanted = self._owners_wanted(served, demand.lot_bytes)
-            self._bids = bids(facts.model(), self.node_id, wanted, held)
+            if fresh or any(self._wanted.get(lot) != node for lot, node in served.items()):
+                self._wanted = self._owners_wanted(served, demand.lot_bytes)
+            self._bids = bids(facts.model(), self.node_id, self._wanted, held)
         return True
 
     def _served(self, records: list[Record]) -> dict[Lot, NodeId]:
@@ -330,7 +344,7 @@ class Node:
         self.switchover.forget()
         self.demand = event.demand
         self._lots = event.demand.lots() if event.demand else []
-        self._thinking = None
+        self._facts = self._thinking = None
         self._joined_at = now + self.config.join_ms / 1000
         self._bid_wanted = True
         self._missing_bytes = 0
@@ -396,7 +410,8 @@ class Node:
     def _rests(self) -> tuple[float, float, float]:
         """When the auction counts as quiet, as settled, and when joining is over."""
         quiet_s, settle_s = self.config.quiet_ms / 1000, self.config.settle_ms / 1000
-        return self._quiet.since(quiet_s), self._quiet.since(settle_s), self._joined_at
+        urgent_at = self._quiet.since(quiet_s, URGENT_PATIENCE * settle_s)
+        return urgent_at, self._quiet.since(settle_s, PATIENCE * settle_s), self._joined_at
 
     def _market_moved(self, now: float) -> bool:
         """Has any claim changed since the last look?"""

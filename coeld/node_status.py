@@ -3,7 +3,8 @@
 from typing import Any
 
 from coeld.ids import NodeId
-from coeld.messages import Record, Status, lot_runs
+from coeld.lot_sets import lot_runs
+from coeld.messages import Record, Status
 from coeld.perception.perceive import Perception
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand

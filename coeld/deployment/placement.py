@@ -11,7 +11,10 @@ from coeld.deployment.auction import Offer, Task
 from coeld.ids import Lot, NodeId
 
 PATIENCE = 10
-"""Longest wait for rest, in units of the rest that was asked for."""
+"""Longest wait for rest before moves, in units of that rest."""
+URGENT_PATIENCE = 2
+"""The same for lots that nobody serves, in units of the rest before moves: devices that start
+together have to hear each other and think first."""
 
 
 class Quiet:
@@ -27,9 +30,9 @@ class Quiet:
             self._unrest_since = now
         self.changed_at = now
 
-    def since(self, rest_s: float) -> float:
+    def since(self, rest_s: float, patience_s: float) -> float:
         """The time from which the auction counts as having rested for `rest_s`."""
-        return min(self.changed_at + rest_s, self._unrest_since + PATIENCE * rest_s)
+        return min(self.changed_at + rest_s, self._unrest_since + patience_s)
 
 
 def owners(leading: Mapping[Task, Offer]) -> dict[Lot, NodeId]:

@@ -14,7 +14,8 @@ from typing import Final
 from coeld.deployment.cost import PPM, CostModel, Tier
 from coeld.deployment.proposal import tie
 from coeld.ids import Lot, NodeId
-from coeld.messages import BID_MAX, LOTS_PER_RECORD_MAX
+from coeld.lot_sets import LOTS_PER_RECORD_MAX
+from coeld.messages import BID_MAX
 from coeld.view import ModelDemand
 
 DISK: Final = Tier("disk", 0, 10)
@@ -75,8 +76,9 @@ def bids(
     """This device's bid for every lot. `owners` is the proposal, empty if there is none.
 
     A layer's lots are all worth what its most used one is, so that they stay together and are told
-    in few words; those `held` already are worth a quarter more, so that replicas stay where they
-    are. A device that the model does not know (there are too many) values all the least.
+    in few words. Replicas `held` already are worth a quarter more, so that they stay where they
+    are; an owner's bid does not change while it loads, so that claims rest. A device that the model
+    does not know (there are too many) values all the least.
     """
     index = {device.node: i for i, device in enumerate(model.devices)}.get(me)
     values: dict[int, int] = {}
@@ -88,6 +90,8 @@ def bids(
             values[most] = 4 if index is None else value_us(model, index, most)
         for lot in lots:
             mine = PROPOSED if owners.get(lot) == me else 0
-            value = values[most] * HELD_WORTH[0] // HELD_WORTH[1] if lot in held else values[most]
+            value = values[most]
+            if lot in held and not mine:
+                value = value * HELD_WORTH[0] // HELD_WORTH[1]
             found[lot] = mine | min(VALUE_MAX, value) << TIE_BITS | tie(me, layer)
     return found

@@ -28,7 +28,7 @@ SLICE_UNITS: Final = 16
 STARTS_MAX: Final = 2
 """Starts that are worked on, the most promising ones."""
 LARGE_UNITS: Final = 256
-"""With more units, and no two layers alike, only the best start is: each costs a second."""
+"""With more units, layers are taken to be alike: as they are, a search costs seconds."""
 GATHERED: Final = (0, 1, 2, 3, 4)
 """Quarters of a site's whole layers that a start gathers there."""
 
@@ -64,16 +64,32 @@ def units_of(model: CostModel, layer: int) -> tuple[Unit, ...]:
     )
 
 
+def _alike(layers: list[tuple[Unit, ...]]) -> list[tuple[Unit, ...]]:
+    """The same units, in a large model each of the mean share of its rank over all layers.
+
+    Sorted by use, layers resemble each other, and what is alike is priced and filled once.
+    """
+    if sum(map(len, layers)) <= LARGE_UNITS:
+        return layers
+    means = [
+        Share(*(sum(part) // len(rank) for part in zip(*(u.share for u in rank), strict=True)))
+        for rank in zip(*layers, strict=True)
+    ]
+    return [
+        tuple(Unit(u.experts, mean) for u, mean in zip(units, means, strict=True))
+        for units in layers
+    ]
+
+
 class Search:
     """One placement of all layers, with the price of each, changed step by step."""
 
     def __init__(self, model: CostModel, rooms: Sequence[int]) -> None:
         """`rooms`: lots that fit at each site of the model."""
         self.model = model
-        self.units = [units_of(model, layer) for layer in range(model.demand.layers)]
+        self.units = _alike([units_of(model, layer) for layer in range(model.demand.layers)])
         self.rooms = tuple(rooms)
-        self.size = max(len(unit.experts) for unit in self.units[0])
-        self.even = not model.demand.popularity
+        self.even = len({tuple(unit.share for unit in units) for units in self.units}) == 1
         self.found: Placed | None = None
         self.found_ns = 0
         self._prices: dict[tuple[tuple[int, Share], ...], int] = {}
@@ -119,8 +135,7 @@ class Search:
             gathered = []
             yield from self._gather(plan, gathered)
             starts += [(self.total(placed), index, placed) for placed in gathered]
-        large = not self.even and sum(map(len, self.units)) > LARGE_UNITS
-        for _, _, placed in sorted(starts)[: 1 if large else STARTS_MAX]:
+        for _, _, placed in sorted(starts)[:STARTS_MAX]:
             yield from self._exchange(placed)
             total = self.total(placed)
             if self.found is None or total < self.found_ns:

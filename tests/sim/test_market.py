@@ -137,6 +137,7 @@ def test_a_device_on_a_low_battery_gives_away_what_others_can_hold_and_takes_the
     charged = Resources(tired.spec.budget_bytes, 10**9, 5, 4000)
     world.feed(tired, ResourcesSampled(replace(charged, sparing=True)))
     world.run_until(lambda: not tired.serving, 30)
+    world.run(2)
     checkers.at_rest(world)
     world.crash(next(device for device in world.up() if device is not tired))
     world.run_until(lambda: checkers.covered(world), 30)  # now nobody else has the room
