@@ -20,6 +20,7 @@ from typing import Any
 from market_auction import Bidder, outcome, settle
 from market_baselines import BASELINES
 from market_exact import least_ns
+from market_settle import report as report_settling
 
 from coeld.deployment.cost import PPM, Device, Link, Tier
 from coeld.deployment.proposal import Facts, shares_of
@@ -194,9 +195,10 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=60, help="seconds per exact solution")
     parser.add_argument("--json", type=Path, help="write every instance there")
     parser.add_argument("--fleet", action="store_true", help="8 devices, 6144 experts")
+    parser.add_argument("--settle", action="store_true", help="real nodes: cost until claims rest")
     arguments = parser.parse_args()
-    if arguments.fleet:
-        measure_fleet()
+    if arguments.fleet or arguments.settle:
+        (measure_fleet if arguments.fleet else report_settling)()
         return 0
     rows = []
     for seed in range(arguments.seed, arguments.seed + arguments.instances):
