@@ -60,6 +60,8 @@ from coeld.node import Node, NodeConfig
 INBOX_MAX: Final = 4096
 """Messages that wait for the node; more are dropped, gossip repeats them."""
 SAMPLE_S: Final = 2.0
+HAND_OVER_S: Final = 3.0
+"""A device that is told to stop waits this long for others to take over what it serves."""
 GOODBYE_S: Final = 0.1
 """For the goodbye to leave our sockets before they close."""
 
@@ -148,6 +150,7 @@ class Agent:
             )
             notify("READY=1")
             await self._stop.wait()
+            await self._hand_over()
             await self._say_goodbye()
             for task in tasks:
                 task.cancel()
@@ -186,7 +189,8 @@ class Agent:
         self._inbox.put_nowait(event)
 
     def _resources(self) -> ResourcesSampled:
-        return ResourcesSampled(self._sensors.sample(self._engine.speeds, self._engine.pid))
+        sample = self._sensors.sample(self._engine.speeds, self._engine.pid)
+        return ResourcesSampled(replace(sample, sparing=sample.sparing or self._stop.is_set()))
 
     async def _drive_node(self) -> None:
         while True:
@@ -241,6 +245,14 @@ class Agent:
             (self._config.network.host, self._bus.port),
             self._bus.connect,
         )
+
+    async def _hand_over(self) -> None:
+        """Let others take over what only this device serves, while it still serves it."""
+        self._deliver(self._resources())
+        for _ in range(round(HAND_OVER_S / GOODBYE_S)):
+            await asyncio.sleep(GOODBYE_S)
+            if not self._node.still_needed():
+                return
 
     async def _say_goodbye(self) -> None:
         notify("STOPPING=1")

@@ -119,6 +119,15 @@ class Node:
         self._left = True
         return self.perception.leave()
 
+    def still_needed(self) -> bool:
+        """For one about to leave: does nobody else serve some lot yet, though others have room?"""
+        if self.demand is None:
+            return False
+        others = [r for r in self._market() if r.origin != self.node_id and not r.sparing]
+        room = sum(capacity(record.memory_budget_bytes, self.demand) for record in others)
+        fits = room >= self.demand.layers * self.demand.experts
+        return fits and not self._elsewhere().issuperset(self.migration.serving)
+
     def holders(self) -> list[tuple[ModelHash, str, int]]:
         """Which model the other devices have, and where each serves its blobs."""
         return [

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,11 @@ discovery = "off"
         assert self.process is not None
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def terminate(self) -> None:
+        """Tell it to stop: it hands over what others need, unless they were told as well."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -338,7 +343,9 @@ def keep(devices: list[Device], victim: Device) -> None:
     say(f"Stop them with:\n  kill {pids}")
 
 
-def stop(devices: list[Device]) -> None:
+def stop(devices: Sequence[Device]) -> None:
+    for device in devices:
+        device.terminate()
     for device in devices:
         device.stop()
 

@@ -38,8 +38,7 @@ def swarm(folder: Path, budgets_mb: list[int], brokers: str = "") -> Iterator[li
             device.start()
         yield devices
     finally:
-        for device in devices:
-            device.stop()
+        demo.stop(devices)
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +116,22 @@ def test_three_devices_answer_and_a_killed_one_does_not_change_the_text(tmp_path
         victim.start()
         demo.wait_settled(devices, 3, time.monotonic())
         assert answer(victim)[0] == undisturbed
+
+
+def test_a_device_that_is_told_to_stop_hands_over_first_and_the_answer_goes_on(
+    tmp_path, third
+) -> None:
+    with swarm(tmp_path, [third] * 3) as devices:
+        demo.wait_settled(devices, 3, time.monotonic())
+        undisturbed = answer(devices[0])[0]
+        leaver = largest(devices[1:])
+        text, _reason, silence_s = answer(devices[0], 15, leaver.terminate)
+        print(f"longest silence {silence_s:.2f} s")
+        assert text == undisturbed
+        assert silence_s <= SILENCE_S_MAX
+        leaver.stop()
+        assert leaver.process is not None
+        assert leaver.process.returncode == 0
 
 
 def test_from_cold_start_to_the_first_token(tmp_path, third) -> None:

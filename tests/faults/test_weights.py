@@ -60,5 +60,4 @@ def test_devices_without_the_model_fetch_it_and_outlive_who_had_it(
         demo.wait_settled(devices[1:], 2, time.monotonic())
         assert answer(devices[2], tokens=TOKENS)[0] == undisturbed
     finally:
-        for device in devices:
-            device.stop()
+        demo.stop(devices)

@@ -105,14 +105,14 @@ def swarm_in_lab(
             device.configure_in(lab, budget_mb, **sections)
             device.start()
         yield devices
-        for device in devices:
-            device.stop()
+        demo.stop(devices)
 
 
 def start_mosquitto(lab: Lab, folder: Path) -> subprocess.Popen[bytes]:
     """Raises RuntimeError when it is not installed."""
     if MOSQUITTO is None:
         raise RuntimeError("mosquitto is not installed: apt install mosquitto")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "mosquitto.conf"
     path.write_text(
         f"listener {MQTT_PORT} {lab.addresses[BROKER]}\nallow_anonymous true\n"

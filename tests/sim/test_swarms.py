@@ -63,6 +63,28 @@ def test_two_devices_of_three_that_are_too_small_say_what_is_missing_and_recover
     checkers.at_rest(world)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_who_is_about_to_leave_is_replaced_before_it_goes(seed: int) -> None:
+    world = swarm(seed, [130, 130, 130])
+    world.run(6)
+    leaver = max(world.up(), key=lambda device: len(device.serving))
+    assert leaver.node is not None
+    assert leaver.node.still_needed()
+    tired = replace(leaver.node.told.resources, sparing=True)
+    world.feed(leaver, ResourcesSampled(tired))
+    assert world.run_until(lambda: not leaver.node.still_needed(), 20) <= 3.0
+    world.leave(leaver)
+    for _ in range(100):
+        world.run(0.05)
+        assert checkers.covered(world)
+
+
+def test_who_cannot_be_replaced_is_not_kept_from_leaving() -> None:
+    world = swarm(4, [100, 100, 100])
+    world.run(6)
+    assert not any(device.node.still_needed() for device in world.up())
+
+
 def test_a_device_that_goes_dark_without_a_word_is_replaced_within_six_seconds() -> None:
     world = swarm(2, [120, 130, 140])
     world.run(5)
