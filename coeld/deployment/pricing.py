@@ -8,7 +8,7 @@ ask. At the bottom 16 bits of a rendezvous hash of device and *layer*: equal dev
 layers, and the choice stays the same when others join or leave.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from coeld.deployment.cost import PPM, CostModel, Tier
@@ -41,18 +41,21 @@ def claimable(mine: int, everybody: Iterable[int], demand: ModelDemand) -> int:
     call and gives the bits of a single device (see coeld.datapath.dispatch). Where the model does
     not fit at all nobody can answer, and a part loaded then would stay when others come.
     """
-    rooms = list(everybody)
-    lots = demand.layers * demand.experts
-    parts = sum(_whole(room, demand) for room in rooms) < lots <= sum(rooms)
-    return mine if parts else _whole(mine, demand)
+    return mine if _parts(list(everybody), demand) else _whole(mine, demand)
 
 
 def missing_lots(unclaimed: int, everybody: Iterable[int], demand: ModelDemand) -> int:
     """For how many lots there is no room, when so many are unclaimed: room for a part of a layer
     is room, though it is not claimed."""
     rooms = list(everybody)
-    left = sum(room - claimable(room, rooms, demand) for room in rooms)
+    left = 0 if _parts(rooms, demand) else sum(room - _whole(room, demand) for room in rooms)
     return max(0, unclaimed - left)
+
+
+def _parts(rooms: Sequence[int], demand: ModelDemand) -> bool:
+    """Does only a placement with parts of layers cover the model?"""
+    whole = sum(_whole(room, demand) for room in rooms)
+    return whole < demand.layers * demand.experts <= sum(rooms)
 
 
 def _whole(lots: int, demand: ModelDemand) -> int:

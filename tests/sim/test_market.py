@@ -8,6 +8,7 @@ import pytest
 from coeld.effects import DropLots, Effect, LoadLots
 from coeld.events import ResourcesSampled
 from coeld.ids import Lot
+from coeld.node import NodeConfig
 from coeld.sim import checkers
 from coeld.sim.world import MODEL, Device, Spec, World
 from coeld.view import Resources
@@ -15,13 +16,15 @@ from coeld.view import Resources
 SMALL = replace(MODEL, layers=12)
 
 
-def swarm(seed: int, rooms: list[int], speeds: list[int] | None = None) -> World:
+def swarm(
+    seed: int, rooms: list[int], speeds: list[int] | None = None, config: NodeConfig | None = None
+) -> World:
     speeds = speeds or [4000] * len(rooms)
     specs = [
         Spec(MODEL.trunk_bytes + room * MODEL.lot_bytes, speed)
         for room, speed in zip(rooms, speeds, strict=True)
     ]
-    world = World(seed, specs, SMALL)
+    world = World(seed, specs, SMALL, config)
     checkers.watch(world)
     world.start_all()
     return world
@@ -66,8 +69,10 @@ def test_survivors_with_exactly_enough_room_serve_whole_layers_at_once(seed: int
 
 
 def test_an_hour_of_noise_moves_nothing() -> None:
-    world = swarm(3, [60] * 4)
-    world.run(8)
+    calm = NodeConfig(heartbeat_ms=5000, silence_ms=30_000, suspicion_ms=5000)  # noise is the point
+    world = swarm(3, [60] * 4, config=calm)
+    world.run(20)
+    assert checkers.covered(world)
     found = moves(world)
     rng = Random(3)
     for _ in range(360):
