@@ -347,6 +347,7 @@ class Agent:
             requests_max=engine.requests_max,
             call_deadline_ms=engine.call_deadline_ms,
             patience_s=engine.patience_s,
+            kl_budget=engine.kl_budget,
             calibration=self._where.state_dir / "calibration.json",
         )
 

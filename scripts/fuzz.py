@@ -39,6 +39,7 @@ FIELDS = [
     (16, 4),
     (20, 4),
     (24, 4),
+    (28, 4),
 ]
 """Offset and width of what a header holds (coeld/datapath/frames.py)."""
 SIZE_AT = 24
@@ -73,7 +74,9 @@ def valid_frames(rng: Random) -> list[bytes]:
         packed = (
             frames.pack_experts(call, layer, ids, x),
             frames.pack_experts(call, layer, ids, x, gates),
+            frames.pack_experts(call, layer, ids, x, gates, coded(rng, x), rng.random()),
             frames.pack_result(call, layer, x, rng.randrange(1 << 32)),
+            frames.pack_result(call, layer, x, 0, coded(rng, x)),
             frames.pack_span(call, SpanCall(call, layer, layer, layer + experts, rows), x),
             frames.pack_free(call),
             frames.pack_text(Kind.HELLO, call, text),
@@ -81,6 +84,11 @@ def valid_frames(rng: Random) -> list[bytes]:
         )
         found += [b"".join(pieces) for pieces in packed]
     return found + [text_frame(payload) for payload in TEXTS]
+
+
+def coded(rng: Random, x: np.ndarray) -> tuple[wire.Codec, wire.Encoded]:
+    codec = rng.choice(wire.available())
+    return codec, wire.encode(codec, x, 0.1)
 
 
 def text_frame(payload: bytes) -> bytes:

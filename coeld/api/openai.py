@@ -1,7 +1,8 @@
 """OpenAI's request and response shapes, to and from the words of the engine. Pure.
 
 Checks are strict where a wrong value would change the answer (types, ranges, roles) and silent for
-fields that coeld does not know, as OpenAI is. `x_coeld` in `usage` is ours: how long it took.
+fields that coeld does not know, as OpenAI is. `x_coeld` in a request is ours (`kl_budget`), and in
+`usage`: how long it took, and what travelled.
 """
 
 import json
@@ -19,6 +20,8 @@ STOPS_MAX: Final = 4
 STOP_CHARS_MAX: Final = 256
 TOKENS_MAX: Final = 1 << 24
 """More than any context; larger numbers are mistakes."""
+KL_BUDGET_MAX: Final = 1.0
+"""Nats per token: beyond, the answer would be another model's."""
 SEED_MAX: Final = (1 << 63) - 1
 
 
@@ -48,7 +51,7 @@ def parse(kind: Kind, body: bytes) -> Ask:
         model=_field(value, "model", str, None),
         stream=stream,
         include_usage=_flag(options, "include_usage", "stream_options.include_usage"),
-        engine=_source(kind, value) | _sampling(value),
+        engine=_source(kind, value) | _sampling(value) | {"kl_budget": _budget(value)},
     )
 
 
@@ -138,6 +141,13 @@ def _sampling(value: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _budget(value: dict[str, Any]) -> float | None:
+    """x_coeld.kl_budget: what the answer may lose on slow links; None: as configured."""
+    ours = _field(value, "x_coeld", dict, {})
+    budget: float | None = _number(ours, "kl_budget", None, 0.0, KL_BUDGET_MAX, "x_coeld.kl_budget")
+    return budget
+
+
 def _stops(stop: Any) -> list[str]:
     stops = [stop] if isinstance(stop, str) else stop or []
     if not isinstance(stops, list) or not all(isinstance(one, str) for one in stops):
@@ -175,12 +185,14 @@ def _integer(value: dict[str, Any], name: str, default: Any, low: int, high: int
     return found
 
 
-def _number(value: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    found = value.get(name)
+def _number(
+    value: dict[str, Any], name: str, default: Any, low: float, high: float, where: str = ""
+) -> Any:
+    found, where = value.get(name), where or name
     if found is None:
         return default
     if type(found) not in (int, float) or not math.isfinite(found) or not low <= found <= high:
-        raise BadRequest(f"{name} must be a number between {low:g} and {high:g}.", name)
+        raise BadRequest(f"{where} must be a number between {low:g} and {high:g}.", where)
     return float(found)
 
 
@@ -248,6 +260,7 @@ def usage(done: dict[str, Any]) -> dict[str, Any]:
             "decode_s": decode_s,
             "decode_tokens_per_s": round(speed, 2) if speed else None,
             "stalls": done["stalls"],
+            "wire": done["wire"],
         },
     }
 

@@ -109,6 +109,20 @@ def encode_within(codecs: Sequence[Codec], x: Rows, error: float) -> tuple[Codec
     return Codec.FLOAT32, encode(Codec.FLOAT32, x)
 
 
+WIRED: Final = tuple(codec for codec in Codec if codec is not Codec.STEPS_ZSTD)
+"""What every device can read; zstd is an extra."""
+
+
+def encode_for(link: LinkSpeed | None, x: Rows, error: float) -> tuple[Codec, Encoded] | None:
+    """Rows (n, H) as they should cross the link when they may err by `error`; None: as they are,
+    also while the link is unknown: nothing is lost before it has proved slow."""
+    if error <= 0 or link is None:
+        return None
+    codecs = ranked(WIRED, link, x.shape[0], x.shape[1], error)
+    codec, encoded = encode_within(codecs, x, error)
+    return None if codec is Codec.FLOAT32 else (codec, encoded)
+
+
 STEPS_MARGIN: Final = 0.97
 """Rounding errs a little more than s / sqrt(12) where few steps are used."""
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from coeld.datapath.choice import Seconds, choose
 from coeld.datapath.ports import Gates, PeerLink, Rows
+from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import PeerError
 from coeld.ids import NodeId
 
@@ -36,11 +37,14 @@ class Branch:
     gates: Gates | None
     picked: Picked | None
     """Which of the layer's rows `x` are; None: all."""
+    errors: Errors = EXACT
     calls: dict[NodeId, Any] = field(default_factory=dict)
     late_at_s: float = NEVER
     part: Rows | None = None
     computed_us: int = 0
     """Of the time that the part took, what its owner computed."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """Of the call that gave the part."""
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class Branches:
                 self.on_failure(node, call.outcome)
             elif call.outcome is not None and branch.part is None:
                 branch.part, branch.computed_us = call.outcome, call.computed_us
+                branch.traffic = call.traffic
         if branch.part is not None:
             self.give_up([branch])
 
@@ -112,7 +117,7 @@ class Branches:
     def _ask(self, layer: int, branch: Branch, node: NodeId, addresses: Addresses) -> None:
         try:
             branch.calls[node] = self.peers.call(
-                node, addresses[node], layer, branch.experts, branch.x, branch.gates
+                node, addresses[node], layer, branch.experts, branch.x, branch.gates, branch.errors
             )
         except PeerError as exc:
             self.on_failure(node, exc)

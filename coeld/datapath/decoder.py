@@ -65,6 +65,8 @@ class Decoder:
         """
         errand = _Errand(self, journey, request)
         here, count = journey.here, len(tokens)
+        lossy = request.quality.kl_budget > 0
+        request.quality.begin(count, self._dispatcher.shared(self._layers) if lossy else 0)
         x = self._lane.embed(tokens)
         for leg in journey.way:
             last = leg.stop == self._layers
@@ -131,6 +133,7 @@ class _Errand:
     def __init__(self, decoder: Decoder, journey: Journey, request: Request) -> None:
         self._decoder, self._journey, self._request = decoder, journey, request
         self.stalls_s, self.split = request.stalls_s, request.split
+        self.quality = request.quality
 
     def check(self) -> None:
         """A newer table may know a way on which nothing is missing."""

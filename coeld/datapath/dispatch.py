@@ -26,7 +26,6 @@ import numpy as np
 
 from coeld.datapath.branches import Branch, Branches, Picked
 from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
-from coeld.datapath.split import Split
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -111,7 +110,7 @@ class Dispatcher:
         waiting_since: float | None = None
         while True:
             version, failures = self.board.version, self.failures
-            total = self._attempt(layer, chosen, x, gates, waiter.split)
+            total = self._attempt(layer, chosen, x, gates, waiter)
             if total is not None:
                 break
             if self.failures > failures:
@@ -125,6 +124,10 @@ class Dispatcher:
             waiter.split.wait_s += stall_s
         return total
 
+    def shared(self, layers: int) -> int:
+        """How many of the model's layers are not wholly here."""
+        return sum(len(self.runner.here(layer)) < self.experts for layer in range(layers))
+
     def _chosen(self, gates: Gates | None) -> frozenset[int]:
         """The experts that some row needs."""
         if gates is None:
@@ -133,7 +136,7 @@ class Dispatcher:
         return frozenset(np.flatnonzero(columns).tolist())
 
     def _attempt(
-        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None, split: Split
+        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None, waiter: Waiter
     ) -> Rows | None:
         """Call every owner, run what is here, collect: the sum, or None if any part is missing.
 
@@ -143,10 +146,11 @@ class Dispatcher:
         shares = self._share(layer, chosen)
         if shares is None:
             return None
+        split, quality = waiter.split, waiter.quality
         started_s, here_s, branches = time.monotonic(), 0.0, []
         for nodes, experts in shares.calls.items():
             ids = sorted(experts)
-            branch = Branch(ids, nodes, *_rows_for(ids, x, gates))
+            branch = Branch(ids, nodes, *_rows_for(ids, x, gates), quality.errors)
             self._branches.begin(layer, branch, shares.addresses)
             branches.append(branch)
         parts: list[Rows] = []
@@ -164,11 +168,12 @@ class Dispatcher:
             return None
         for branch in branches:
             assert branch.part is not None
+            rows, hidden = branch.x.shape
+            quality.count(branch.traffic, rows, hidden, len(branches) + bool(shares.here))
             parts.append(_spread(branch.part, branch.picked, len(x)))
-            split.sent_bytes += branch.x.nbytes + (
-                0 if branch.gates is None else branch.gates.nbytes
-            )
-            split.received_bytes += branch.part.nbytes
+            gates_bytes = 0 if branch.gates is None else branch.gates.nbytes
+            split.sent_bytes += branch.traffic.sent_bytes + gates_bytes
+            split.received_bytes += branch.traffic.received_bytes
         if branches:
             took_s = time.monotonic() - started_s - here_s
             split.away(took_s, max(b.computed_us for b in branches) / 1e6 - here_s)

@@ -2,9 +2,9 @@
 
     offset  size  field
     0       4     magic "CoEL"
-    4       1     version (3)
+    4       1     version (4)
     5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4, SPAN 5, FREE 6
-    6       1     dtype of the rows: 0 none, 1 float32
+    6       1     codec of the rows (coeld.compression.wire): 0 none, 1 float32, …
     7       1     flags: 1 if gate weights are there
     8       4     call id: a RESULT or ERROR repeats that of its request
     12      2     layer; of a SPAN the first one
@@ -12,11 +12,13 @@
     16      4     rows
     20      4     hidden: values per row
     24      4     payload bytes after this header
+    28      4     float32 error: of EXPERTS, what the answer may make; of RESULT, what it made
 
 All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then, with
 the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries uint32
 microseconds of compute, then one row per row: the sum over those experts of gate weight (without
-the flag: 1) times output. HELLO and ERROR carry JSON. Rows travel as float32: exact mode.
+the flag: 1) times output. HELLO and ERROR carry JSON. Rows travel as their codec says, those of a
+SPAN as float32.
 
 SPAN asks for whole layers, attention and KV cache included: three uint32 (the caller's number of
 the request; its position: tokens that the cache there holds; how many of the last rows to answer
@@ -35,12 +37,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.compression.wire import ERROR_MAX, Codec, Encoded, decode, payload_bytes
 from coeld.errors import CacheLost, FrameError, PeerError, PeerRefused
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
 MAGIC: Final = b"CoEL"
-VERSION: Final = 3
-HEADER: Final = struct.Struct("<4sBBBBIHHIII")
+VERSION: Final = 4
+HEADER: Final = struct.Struct("<4sBBBBIHHIIIf")
 ROWS_MAX: Final = 512
 """Twice a prompt chunk; what a peer can make the arena of activations grow by."""
 HIDDEN_MAX: Final = 32768
@@ -51,6 +54,10 @@ POSITION_MAX: Final = 1 << 24
 """Tokens in a cache: more than any context."""
 SPAN_HEAD: Final = struct.Struct("<III")
 COMPUTED: Final = struct.Struct("<I")
+
+
+Coded = tuple[Codec, Encoded]
+"""Rows ready to be sent (coeld.compression.transfer.encode_within)."""
 
 
 class Kind(IntEnum):
@@ -81,6 +88,9 @@ class Header:
     payload_bytes: int
     gated: bool = False
     """Gate weights precede the rows."""
+    codec: Codec = Codec.FLOAT32
+    error: float = 0.0
+    """Relative, of rows: see above."""
 
     @property
     def ids_bytes(self) -> int:
@@ -107,30 +117,38 @@ class SpanCall:
 
 def parse_header(data: bytes | bytearray | memoryview) -> Header:
     """HEADER.size bytes to a Header. Raises FrameError if any field is out of its limits."""
-    magic, version, kind, dtype, flags, call_id, layer, experts, rows, hidden, size = HEADER.unpack(
-        data
-    )
+    (
+        magic, version, kind, dtype, flags, call_id, layer, experts, rows, hidden, size, error
+    ) = HEADER.unpack(data)  # fmt: skip
     if magic != MAGIC:
         raise FrameError("not a coeld data connection: the magic bytes are wrong")
     if version != VERSION:
         raise FrameError(f"the peer speaks version {version} of the data path, this one {VERSION}")
     try:
-        header = Header(Kind(kind), call_id, layer, experts, rows, hidden, size, flags == 1)
+        codec = Codec(dtype or Codec.FLOAT32)
+        header = Header(
+            Kind(kind), call_id, layer, experts, rows, hidden, size, flags == 1, codec, error
+        )
     except ValueError:
-        raise FrameError(f"unknown kind of frame {kind}") from None
+        raise FrameError(f"unknown kind of frame {kind}, or unknown codec {dtype}") from None
     if header.kind in (Kind.EXPERTS, Kind.RESULT, Kind.SPAN):
         before = BEFORE_ROWS.get(header.kind, 0) + header.ids_bytes + header.gates_bytes
-        expected = before + 4 * rows * hidden
-        fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype == 1
+        least, most = payload_bytes(codec, rows, hidden)
+        least, most = before + least, before + most
+        fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype > 0
+        fits = fits and 0 <= error <= ERROR_MAX  # not so for NaN
+        exact = codec is Codec.FLOAT32 and error == 0
+        fits = fits and (exact or header.kind is not Kind.SPAN)
         counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
         fits = fits and counts and (experts > 0) == (header.kind is not Kind.RESULT)
         fits = fits and (header.kind is not Kind.SPAN or layer + experts <= LAYERS_MAX)
     elif header.kind is Kind.FREE:
-        expected, fits = 0, dtype == layer == experts == rows == hidden == 0
+        least = most = 0
+        fits = dtype == layer == experts == rows == hidden == error == 0
     else:
-        expected, fits = size, size <= TEXT_BYTES_MAX and dtype == 0
+        least, most, fits = size, size, size <= TEXT_BYTES_MAX and dtype == error == 0
     flagged = flags == 0 or (flags == 1 and header.kind is Kind.EXPERTS)
-    if not flagged or not fits or size != expected or size > PAYLOAD_BYTES_MAX:
+    if not flagged or not fits or not least <= size <= most or size > PAYLOAD_BYTES_MAX:
         raise FrameError(
             f"frame out of limits: {header.kind.name} with {experts} experts, {rows} rows of "
             f"{hidden}, {size} bytes"
@@ -144,32 +162,45 @@ def pack_experts(
     experts: Sequence[int],
     x: NDArray[np.float32],
     gates: NDArray[np.float32] | None = None,
+    coded: Coded | None = None,
+    answer_error: float = 0.0,
 ) -> list[bytes | memoryview]:
     """An EXPERTS frame in pieces for scatter/gather sending; x (n, H) is not copied.
 
-    `gates` (n, len(experts)), None: all 1.
+    `gates` (n, len(experts)), None: all 1. `coded` is `x` encoded, None: float32; the answer may
+    err by `answer_error`.
     """
     ids = np.asarray(experts, "<u2").tobytes()
     ids = ids.ljust(_padded(len(ids)), b"\0")
     weights = b"" if gates is None else gates.astype("<f4", copy=False).tobytes()
     rows, hidden = x.shape
-    size = len(ids) + len(weights) + x.nbytes
+    codec, pieces = _pieces(x, coded)
+    size = len(ids) + len(weights) + sum(map(len, pieces))
     flags, count = int(gates is not None), len(experts)
     head = HEADER.pack(
-        MAGIC, VERSION, Kind.EXPERTS, 1, flags, call_id, layer, count, rows, hidden, size
-    )
-    return [head + ids + weights, np.ascontiguousarray(x).data.cast("B")]
+        MAGIC, VERSION, Kind.EXPERTS, codec, flags, call_id, layer, count, rows, hidden, size,
+        answer_error,
+    )  # fmt: skip
+    return [head + ids + weights, *pieces]
 
 
 def pack_result(
-    call_id: int, layer: int, y: NDArray[np.float32], computed_us: int = 0
+    call_id: int,
+    layer: int,
+    y: NDArray[np.float32],
+    computed_us: int = 0,
+    coded: Coded | None = None,
 ) -> list[bytes | memoryview]:
-    """A RESULT frame for y (n, H), which took `computed_us` here."""
+    """A RESULT frame for y (n, H), which took `computed_us` here; `coded` is `y` encoded."""
     rows, hidden = y.shape
-    size = COMPUTED.size + y.nbytes
-    head = HEADER.pack(MAGIC, VERSION, Kind.RESULT, 1, 0, call_id, layer, 0, rows, hidden, size)
+    codec, pieces = _pieces(y, coded)
+    size = COMPUTED.size + sum(map(len, pieces))
+    error = min(coded[1].error, ERROR_MAX) if coded is not None else 0.0
+    head = HEADER.pack(
+        MAGIC, VERSION, Kind.RESULT, codec, 0, call_id, layer, 0, rows, hidden, size, error
+    )
     took = COMPUTED.pack(min(computed_us, 0xFFFFFFFF))
-    return [head + took, np.ascontiguousarray(y).data.cast("B")]
+    return [head + took, *pieces]
 
 
 def pack_span(call_id: int, call: SpanCall, x: NDArray[np.float32]) -> list[bytes | memoryview]:
@@ -177,7 +208,7 @@ def pack_span(call_id: int, call: SpanCall, x: NDArray[np.float32]) -> list[byte
     rows, hidden = x.shape
     layers, size = call.stop - call.first, SPAN_HEAD.size + x.nbytes
     head = HEADER.pack(
-        MAGIC, VERSION, Kind.SPAN, 1, 0, call_id, call.first, layers, rows, hidden, size
+        MAGIC, VERSION, Kind.SPAN, 1, 0, call_id, call.first, layers, rows, hidden, size, 0.0
     )
     numbers = SPAN_HEAD.pack(call.number, call.position, call.keep)
     return [head + numbers, np.ascontiguousarray(x).data.cast("B")]
@@ -185,7 +216,7 @@ def pack_span(call_id: int, call: SpanCall, x: NDArray[np.float32]) -> list[byte
 
 def pack_free(number: int) -> list[bytes | memoryview]:
     """A FREE frame for the caller's request `number`."""
-    return [HEADER.pack(MAGIC, VERSION, Kind.FREE, 0, 0, number, 0, 0, 0, 0, 0)]
+    return [HEADER.pack(MAGIC, VERSION, Kind.FREE, 0, 0, number, 0, 0, 0, 0, 0, 0.0)]
 
 
 def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | memoryview]:
@@ -193,7 +224,8 @@ def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | m
     payload = json.dumps(value).encode()
     if len(payload) > TEXT_BYTES_MAX:
         payload = json.dumps({key: str(value[key])[:256] for key in list(value)[:8]}).encode()
-    return [HEADER.pack(MAGIC, VERSION, kind, 0, 0, call_id, 0, 0, 0, 0, len(payload)), payload]
+    head = HEADER.pack(MAGIC, VERSION, kind, 0, 0, call_id, 0, 0, 0, 0, len(payload), 0.0)
+    return [head, payload]
 
 
 def unpack_experts(
@@ -258,10 +290,20 @@ def refusal(payload: memoryview) -> PeerRefused:
 
 
 def _rows(header: Header, payload: memoryview) -> NDArray[np.float32]:
+    if header.codec is not Codec.FLOAT32:
+        out = np.empty((header.rows, header.hidden), np.float32)
+        decode(header.codec, payload, out)
+        return out
     rows = np.frombuffer(payload, "<f4", header.rows * header.hidden)
     if not np.isfinite(rows).all():
         raise FrameError("rows contain NaN or Inf")
     return rows.reshape(header.rows, header.hidden)
+
+
+def _pieces(x: NDArray[np.float32], coded: Coded | None) -> tuple[Codec, list[memoryview]]:
+    if coded is not None:
+        return coded[0], list(coded[1].pieces)
+    return Codec.FLOAT32, [np.ascontiguousarray(x).data.cast("B")]
 
 
 def _padded(size: int) -> int:

@@ -17,6 +17,7 @@ from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.plan import Cut, Span
 from coeld.datapath.ports import Cache, Gates, Lane, Rows, Waiter
+from coeld.datapath.quality import Quality
 from coeld.datapath.split import Split
 from coeld.errors import CacheLost, NotCovered, PeerRefused
 
@@ -79,6 +80,8 @@ class Patient:
 
     stalls_s: list[float] = field(default_factory=list)
     split: Split = field(default_factory=Split)
+    quality: Quality = field(default_factory=Quality)
+    """Exact: what its own request may lose, it does not say."""
 
     def check(self) -> None:
         """The caller may have gone; its connection will tell when the answer is written."""

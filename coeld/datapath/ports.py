@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.pace import Paces
 from coeld.datapath.plan import Span, Step
+from coeld.datapath.quality import Errors, Quality, Traffic
 from coeld.datapath.split import Split
 from coeld.errors import PeerError
 from coeld.ids import NodeId
@@ -72,6 +73,7 @@ class Waiter(Protocol):
     stalls_s: list[float]
     """How long it waited, each time an expert had no reachable owner."""
     split: Split
+    quality: Quality
 
     def check(self) -> None:
         """Raise what makes waiting any longer pointless."""
@@ -87,6 +89,8 @@ class ExpertRunner(Protocol):
 
 class Call(Protocol):
     """Experts that a peer runs."""
+
+    traffic: Traffic
 
     @property
     def outcome(self) -> "Rows | PeerError | None":
@@ -124,9 +128,11 @@ class PeerLink(Protocol):
         experts: Sequence[int],
         x: Rows,
         gates: Gates | None,
+        errors: Errors,
         /,
     ) -> Call:
-        """Begin to send rows to a peer; `gates` (n, len(experts)), None: all 1. Never waits.
+        """Begin to send rows to a peer; `gates` (n, len(experts)), None: all 1. Never waits. They
+        and the results may err by `errors`.
 
         The rows must not change before the call has ended or is given up. Raises PeerError.
         """

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from coeld.datapath.journey import Journey
+from coeld.datapath.quality import Quality
 from coeld.datapath.sampling import Sampling
 from coeld.datapath.split import Split
 from coeld.errors import CoeldError
@@ -69,6 +70,8 @@ class Request:
     split: Split = field(default_factory=Split)
     """Of the present phase."""
     prefill_split: Split = field(default_factory=Split)
+    quality: Quality = field(default_factory=Quality)
+    """What its rows may lose at peers, and have."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property

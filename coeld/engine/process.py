@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from coeld.datapath.dispatch import not_covered
+from coeld.datapath.quality import Quality
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
 from coeld.engine.calibrate import calibrate
@@ -176,7 +177,7 @@ class Engine:
         listener = _Answer(self, ident)
         try:
             model = self._ready_for_request()
-            prompt = order.get("prompt")
+            prompt, budget = order.get("prompt"), order["kl_budget"]
             if prompt is None:
                 tokens = model.text.encode_chat(order["messages"])
             else:
@@ -192,6 +193,7 @@ class Engine:
                     order["temperature"], order["top_p"], order["top_k"], order["seed"]
                 ),
                 eos_tokens=frozenset(model.manifest.eos_tokens),
+                quality=Quality(self._options.kl_budget if budget is None else budget),
             )
             model.admit(request, order["max_tokens"], "messages" if prompt is None else "prompt")
         except CoeldError as exc:
@@ -343,6 +345,12 @@ class _Answer:
             prefill_split=request.prefill_split.to_json(),
             decode_split=request.split.to_json(),
             stalls=[round(stall_s, 3) for stall_s in request.stalls_s],
+            wire={
+                "kl_budget": request.quality.kl_budget,
+                "kl_estimate": round(request.quality.kl_estimate, 6),
+                "rows_bytes": request.quality.rows_bytes,
+                "float32_bytes": request.quality.float32_bytes,
+            },
         )
 
     def failed(self, request: Request, error: CoeldError) -> None:

@@ -9,7 +9,8 @@ Agent to engine (`op`):
     routes      {table: RouteTable.to_json()}
     load, drop  {lots: [[layer, expert], …]}
     generate    {id, prompt: str | messages: [{role, content}], max_tokens: int | null,
-                 temperature: float, top_p: float, top_k: int, seed: int | null, stop: [str]}
+                 temperature: float, top_p: float, top_k: int, seed: int | null, stop: [str],
+                 kl_budget: float | null}
                 temperature 0 is greedy; max_tokens null means "until the context is full"
     cancel      {id}
     stats       {}
@@ -23,9 +24,10 @@ Engine to agent (`ev`):
     load_failed {lots, why}
     token       {id, text}                                    text may hold several tokens or ""
     done        {id, finish_reason: "stop"|"length", prompt_tokens, completion_tokens,
-                 prefill_s, decode_s, stalls, prefill_split, decode_split}
+                 prefill_s, decode_s, stalls, prefill_split, decode_split, wire}
                                                               stalls: [seconds] waited for owners;
-                                                              splits: see coeld.datapath.split
+                                                              splits: see coeld.datapath.split;
+                wire: {kl_budget, kl_estimate, rows_bytes, float32_bytes} of rows to and from peers
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:
@@ -68,6 +70,7 @@ class EngineOptions:
     requests_max: int
     call_deadline_ms: int
     patience_s: float
+    kl_budget: float
     calibration: Path
     """The file where speeds that were measured are remembered."""
 

@@ -16,8 +16,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.compression.transfer import LinkSpeed
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header, Kind
+from coeld.datapath.quality import Traffic
 from coeld.errors import FrameError, PeerError, PeerGone, PeerSlow
 from coeld.ids import NodeId
 
@@ -52,6 +54,7 @@ class ExpertCall:
     outcome: Rows | PeerError | None = None
     computed_us: int = 0
     """Of its time, what the peer computed."""
+    traffic: Traffic = field(default_factory=Traffic)
 
     @property
     def node(self) -> NodeId:
@@ -127,22 +130,6 @@ class Exchange:
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
-    def link(self) -> tuple[float, float] | None:
-        """The link as the kernel has seen it: round trip in s, bytes per s sent; None: no idea.
-
-        From struct tcp_info of Linux: tcpi_rtt at 68, tcpi_delivery_rate at 160. A rate that was
-        limited by what we had to send (the flag at 7) is a lower bound and not taken.
-        """
-        try:
-            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
-        except OSError:
-            return None
-        if len(info) < 168 or info[7] & 1:
-            return None
-        (rtt_us,) = struct.unpack_from("=I", info, 68)
-        (bytes_per_s,) = struct.unpack_from("=Q", info, 160)
-        return (rtt_us * 1e-6, float(bytes_per_s)) if bytes_per_s else None
-
     def _send(self) -> None:
         while self._out:
             pieces = [self._out[n] for n in range(min(len(self._out), PIECES_MAX))]
@@ -216,6 +203,9 @@ class Exchange:
         else:
             rows, call.computed_us = frames.unpack_result(header, payload)
             call.outcome = rows.copy()  # the buffer is the connection's
+            received_bytes = header.payload_bytes - frames.COMPUTED.size
+            errors = call.traffic.errors[0], header.error
+            call.traffic = Traffic(call.traffic.sent_bytes, received_bytes, errors)
         self.call = None
 
 
@@ -228,3 +218,20 @@ def peer_errors() -> Any:
         raise PeerSlow("no answer before the deadline") from exc
     except (OSError, EOFError) as exc:
         raise PeerGone(f"connection lost: {exc!r}") from exc
+
+
+def link_of(sock: socket.socket) -> LinkSpeed | None:
+    """The link of a connection as the kernel has seen it; None: no idea yet.
+
+    From struct tcp_info of Linux: tcpi_rtt at 68, tcpi_delivery_rate at 160. A rate that was
+    limited by what we had to send (the flag at 7) is a lower bound and not taken.
+    """
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    except OSError:
+        return None
+    if len(info) < 168 or info[7] & 1:
+        return None
+    (rtt_us,) = struct.unpack_from("=I", info, 68)
+    (bytes_per_s,) = struct.unpack_from("=Q", info, 160)
+    return LinkSpeed(rtt_us * 1e-6, float(bytes_per_s)) if bytes_per_s else None

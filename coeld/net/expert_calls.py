@@ -16,11 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from coeld.compression.transfer import LinkSpeed, encode_for
 from coeld.datapath import frames
 from coeld.datapath.pace import Paces
+from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import PeerError, PeerSlow
 from coeld.ids import NodeId
-from coeld.net.exchange import Exchange, ExpertCall, Rows
+from coeld.net.exchange import Exchange, ExpertCall, Rows, link_of
 
 FREE_CONNECTIONS_MAX: Final = 8
 """Kept to a peer while nobody calls it."""
@@ -29,6 +31,8 @@ OWED_MAX: Final = 4
 ROW_LAYER_S: Final = 0.005
 """What a deadline allows for each row and layer: a slow device, its link, others before us."""
 RTT_SAMPLES: Final = 256
+LINK_BYTES: Final = 1 << 14
+"""Calls that send less say nothing about a link's speed."""
 LOOK_S: Final = 0.05
 """An answer found later than this after the last look counts as having come by then."""
 
@@ -64,6 +68,8 @@ class ExpertCalls:
         """Guards both, and what is counted."""
         self._ids = itertools.count(1)
         self.paces = Paces()
+        self.links: dict[NodeId, LinkSpeed] = {}
+        """As far as known."""
         self.stats: dict[NodeId, PeerStats] = {}
 
     def call(
@@ -74,8 +80,9 @@ class ExpertCalls:
         experts: Sequence[int],
         x: Rows,
         gates: Rows | None,
+        errors: Errors = EXACT,
     ) -> ExpertCall:
-        """Begin to send rows (n, H). Never waits. Raises PeerError."""
+        """Begin to send rows (n, H) that may err so much. Never waits. Raises PeerError."""
         if self._owing:
             self._sweep()
         if sum(exchange.node == node for exchange in self._owing) >= OWED_MAX:
@@ -85,8 +92,14 @@ class ExpertCalls:
         deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
         first = not exchange.greeted
         call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
+        coded = encode_for(self.links.get(node), x, errors[0])
+        if coded is not None:
+            call.traffic = Traffic(coded[1].size, 0, (coded[1].error, 0.0))
+        else:
+            call.traffic = Traffic(x.nbytes)
+        pieces = frames.pack_experts(call_id, layer, experts, x, gates, coded, errors[1])
         try:
-            exchange.begin(call, frames.pack_experts(call_id, layer, experts, x, gates))
+            exchange.begin(call, pieces)
         except PeerError as exc:
             self._break(exchange, exc)
             raise
@@ -222,6 +235,8 @@ class ExpertCalls:
         """Count an answer. What nobody looked for meanwhile may have lain there long."""
         now_s = time.monotonic()
         took_s = min(now_s, call.exchange.silent_s + LOOK_S) - call.started_s
+        if call.traffic.sent_bytes >= LINK_BYTES and (link := link_of(call.exchange.sock)):
+            self.links[call.node] = link
         with self._lock:
             stats = self.stats_of(call.node)
             if isinstance(call.outcome, PeerError):

@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
+from coeld.compression.transfer import encode_for
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header, Kind, SpanCall
 from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused
 from coeld.ids import NodeId
-from coeld.net.exchange import OPTIONS, Rows, peer_errors
+from coeld.net.exchange import OPTIONS, Rows, link_of, peer_errors
 from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
 
 CONNECTIONS_MAX: Final = 128
@@ -187,7 +188,7 @@ class PeerServer:
                 header, payload = connection.receive(None, FRAME_TIMEOUT_S)
                 if header.kind in (Kind.SPAN, Kind.FREE) and host is None and self._welcome:
                     host = self._welcome()
-                answer = self._answer(header, payload, host)
+                answer = self._answer(connection, header, payload, host)
                 if answer:
                     connection.send(answer, FRAME_TIMEOUT_S)
         except FrameError as exc:
@@ -218,7 +219,7 @@ class PeerServer:
         connection.send(hello, FRAME_TIMEOUT_S)
 
     def _answer(
-        self, header: Header, payload: memoryview, host: SpanHost | None
+        self, connection: Connection, header: Header, payload: memoryview, host: SpanHost | None
     ) -> list[bytes | memoryview]:
         """What to send back; nothing after a FREE. Raises FrameError."""
         started_s = time.monotonic()
@@ -240,7 +241,9 @@ class PeerServer:
         except PeerRefused as exc:
             return frames.pack_refusal(header.call_id, exc)
         computed_us = int((time.monotonic() - started_s) * 1e6)
-        return frames.pack_result(header.call_id, header.layer, y, computed_us)
+        link = link_of(connection.sock) if header.error > 0 else None
+        coded = encode_for(link, y, header.error)
+        return frames.pack_result(header.call_id, header.layer, y, computed_us, coded)
 
 
 @dataclass(slots=True)
@@ -301,7 +304,7 @@ class PeerPool:
         self._experts = calls
         self.call, self.send, self.ready = calls.call, calls.send, calls.ready
         self.result, self.give_up = calls.result, calls.give_up
-        self.paces, self.stats_of = calls.paces, calls.stats_of
+        self.paces, self.links, self.stats_of = calls.paces, calls.links, calls.stats_of
 
     def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> SpanReply:
         """Send rows (n, H) of a request through layers of a peer. Raises PeerError."""

@@ -29,6 +29,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same draws again")
     parser.add_argument(
+        "--kl-budget",
+        type=float,
+        metavar="NATS",
+        help="what the answer may lose for speed on slow links, per token; default: as configured",
+    )
+    parser.add_argument(
         "--wait",
         type=float,
         default=15.0,
@@ -40,6 +46,8 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("model", "max_tokens", "temperature", "seed")
     chosen = {name: getattr(arguments, name) for name in names}
+    if arguments.kl_budget is not None:
+        chosen["x_coeld"] = {"kl_budget": arguments.kl_budget}
     return {name: value for name, value in chosen.items() if value is not None}
 
 
@@ -89,6 +97,10 @@ def _summary(usage: dict[str, Any], socket: Path) -> str:
         words.append(f"{speed:.1f} tok/s")
     if ours.get("stalls"):
         words.append(f"waited {sum(ours['stalls']):.1f} s for lost experts")
+    wire = ours.get("wire", {})
+    if wire.get("rows_bytes", 0) < wire.get("float32_bytes", 0):
+        share = wire["rows_bytes"] / wire["float32_bytes"]
+        words.append(f"rows at {share:.0%} of their size for {wire['kl_estimate']:.3f} nats")
     try:
         owners = get_json(socket, "/status")["node"]["owners"]
         count = sum(1 for lots in owners.values() if lots)

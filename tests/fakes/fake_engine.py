@@ -133,7 +133,13 @@ class FakeEngine:
         if word is None or job.sent == job.most:
             del self.requests[ident]
             reason = "stop" if word is None else "length"
-            numbers = {"prompt_tokens": 7, "prefill_s": 0.5, "decode_s": 2.0, "stalls": []}
+            numbers = {
+                "prompt_tokens": 7,
+                "prefill_s": 0.5,
+                "decode_s": 2.0,
+                "stalls": [],
+                "wire": {},
+            }
             self.say("done", id=ident, finish_reason=reason, completion_tokens=job.sent, **numbers)
             return
         job.sent += 1

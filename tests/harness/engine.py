@@ -39,6 +39,7 @@ class Engine:
                 "fd": theirs.fileno(), "store-dir": store, "node": node, "swarm": "s",
                 "host": "127.0.0.1", "port": port, "threads": 1, "context-tokens": context,
                 "requests-max": 2, "call-deadline-ms": 500, "patience-s": 0.5,
+                "kl-budget": 0.0,
                 "calibration": CALIBRATION,
                 **{name.replace("_", "-"): value for name, value in options.items()},
             }  # fmt: skip
@@ -63,7 +64,8 @@ class Engine:
 
     def generate(self, ident: str, **fields) -> None:
         usual = {
-            "max_tokens": 8, "temperature": 0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": []
+            "max_tokens": 8, "temperature": 0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": [],
+            "kl_budget": None,
         }  # fmt: skip
         self.say("generate", id=ident, **{"prompt": "the", **usual, **fields})
 

@@ -33,6 +33,7 @@ def test_a_plain_chat_takes_the_defaults_of_openai() -> None:
         "top_k": 0,
         "seed": None,
         "stop": [],
+        "kl_budget": None,
     }
     assert (ask.stream, ask.include_usage, ask.model) == (False, False, None)
 
@@ -182,6 +183,7 @@ DONE = {
     "prefill_s": 0.1,
     "decode_s": 2.0,
     "stalls": [0.5],
+    "wire": {"rows_bytes": 7},
 }
 
 
@@ -199,3 +201,20 @@ def test_a_whole_answer_has_the_shape_of_openai() -> None:
 def test_one_token_has_no_speed() -> None:
     value = Reply("text", "c", 9, "m").whole("hi", DONE | {"completion_tokens": 1})
     assert value["usage"]["x_coeld"]["decode_tokens_per_s"] is None
+
+
+def test_what_an_answer_may_lose_is_passed_on_and_checked() -> None:
+    def budget(ours) -> float | None:
+        body = {"prompt": "x", "x_coeld": ours}
+        return parse("text", json.dumps(body).encode()).engine["kl_budget"]
+
+    assert budget(None) is None
+    assert budget({}) is None
+    assert budget({"kl_budget": 0}) == 0.0
+    assert budget({"kl_budget": 0.02}) == 0.02
+    for wrong in (-0.1, 2, "0.02", True):
+        with pytest.raises(BadRequest) as caught:
+            budget({"kl_budget": wrong})
+        assert caught.value.param == "x_coeld.kl_budget"
+    with pytest.raises(BadRequest):
+        budget([])

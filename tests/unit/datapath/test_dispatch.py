@@ -7,8 +7,10 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.compression.transfer import SENSITIVITY
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
 from coeld.datapath.pace import Paces
+from coeld.datapath.quality import EXACT, Quality, Traffic
 from coeld.datapath.request import Cancelled, Request
 from coeld.errors import NotCovered, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import Lot, ModelHash, NodeId
@@ -50,6 +52,7 @@ class Call:
     """Ends with `outcome`, or only after somebody else's call if it is slow."""
 
     computed_us = 1_000_000_000
+    traffic = Traffic(100, 50, (0.03, 0.04))
 
     def __init__(self, node: NodeId, outcome, slow: bool = False) -> None:
         self.node = node
@@ -71,10 +74,12 @@ class Peers:
         self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
         self.rows = 0
         self.slow: set[NodeId] = set()
+        self.errors = EXACT
         self.calls: list[Call] = []
         self.paces = Paces()
 
-    def call(self, node, address, layer, experts, x, gates):
+    def call(self, node, address, layer, experts, x, gates, errors):
+        self.errors = errors
         self.rows += len(x)
         self.asked.append((node, tuple(sorted(experts))))
         fault = self.faults[node].pop(0) if self.faults.get(node) else None
@@ -319,3 +324,25 @@ def test_a_cancelled_request_does_not_wait() -> None:
     asked.cancelled.set()
     with pytest.raises(Cancelled):
         made.run(0, X, None, asked)
+
+
+def test_what_a_request_may_lose_goes_with_its_rows_and_what_it_lost_is_counted() -> None:
+    owners = {NODES[0]: {0, 1, 2, 3}, NODES[1]: {4, 5}}
+    peers = Peers(owners)
+    made = dispatcher(Runner({6, 7}), peers, routes(owners))
+    asked = request()
+    made.run(0, X, None, asked)
+    assert peers.errors == EXACT
+    asked.quality = Quality(0.02)
+    asked.quality.begin(len(X), made.shared(10))
+    made.run(0, X, None, asked)
+    expected = (0.02 / (2 * 10 * SENSITIVITY)) ** 0.5
+    assert peers.errors == pytest.approx((expected, expected))
+    assert asked.quality.rows_bytes == 2 * (100 + 50)
+    assert asked.quality.float32_bytes == 2 * 2 * X.nbytes
+    # Two of three branches came from peers.
+    assert asked.quality.kl_estimate == pytest.approx(SENSITIVITY * (0.03**2 + 0.04**2) * 2 / 3)
+
+
+def test_layers_that_are_wholly_here_need_none_of_what_may_be_lost() -> None:
+    assert dispatcher(Runner(set(range(EXPERTS))), Peers({}), routes({})).shared(10) == 0

@@ -5,6 +5,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.compression.transfer import WIRED
+from coeld.compression.wire import Codec, encode, relative_error
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import CacheLost, FrameError, PeerRefused
@@ -37,6 +39,41 @@ def test_experts_and_rows_survive_the_journey(seed: int) -> None:
     assert np.array_equal(back, x)
     assert (weights is None) == (gates is None)
     assert gates is None or np.array_equal(weights, gates)
+
+
+@pytest.mark.parametrize("codec", [codec for codec in WIRED if codec is not Codec.FLOAT32])
+def test_coded_rows_survive_the_journey_both_ways(codec: Codec) -> None:
+    x = np.random.default_rng(codec).standard_normal((5, 72)).astype(np.float32)
+    coded = codec, encode(codec, x, 0.05)
+    gates = np.full((5, 2), 0.5, np.float32)
+    header, payload = opened(joined(frames.pack_experts(7, 3, [4, 2], x, gates, coded, 0.25)))
+    assert (header.codec, header.error) == (codec, 0.25)
+    found, back, weights = frames.unpack_experts(header, payload)
+    assert (found, np.array_equal(weights, gates)) == ((4, 2), True)
+    assert relative_error(x, back) == pytest.approx(coded[1].error, rel=0.2)
+    header, payload = opened(joined(frames.pack_result(7, 3, x, 9, coded)))
+    assert header.error == pytest.approx(coded[1].error)
+    again, computed_us = frames.unpack_result(header, payload)
+    assert (np.array_equal(again, back), computed_us) == (True, 9)
+
+
+def test_coded_rows_cut_short_or_too_long_are_refused() -> None:
+    x = np.ones((3, 70), np.float32)
+    for codec in WIRED:
+        data = joined(frames.pack_result(1, 2, x, 0, (codec, encode(codec, x, 0.05))))
+        for wrong in (data[:-1], data + b"\0"):
+            bent = bytearray(wrong)
+            bent[24:28] = (len(bent) - HEADER.size).to_bytes(4, "little")
+            with pytest.raises(FrameError):
+                frames.unpack_result(*opened(bytes(bent)))
+
+
+def test_the_residual_stream_of_a_span_is_never_coded() -> None:
+    data = bytearray(joined(frames.pack_span(6, SpanCall(1, 0, 0, 2, 1), np.ones((1, 4), "f4"))))
+    data[6] = Codec.FLOAT16
+    data[24:28] = (12 + 8).to_bytes(4, "little")
+    with pytest.raises(FrameError, match="limits"):
+        frames.parse_header(bytes(data[: HEADER.size]))
 
 
 def test_results_and_texts_survive_the_journey() -> None:
@@ -108,7 +145,7 @@ def test_an_expert_named_twice_is_refused() -> None:
 
 
 def test_every_limit_is_enforced_before_anything_is_allocated() -> None:
-    good = (b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16)
+    good = (b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 7, 0, 1, 1, 4, 4 + 16, 0.0)
     frames.parse_header(HEADER.pack(*good))
     for index, bad in (
         (0, b"HTTP"),
@@ -124,6 +161,9 @@ def test_every_limit_is_enforced_before_anything_is_allocated() -> None:
         (9, frames.HIDDEN_MAX + 1),
         (10, 4),
         (10, 0xFFFFFFFF),
+        (11, -0.1),
+        (11, 1.5),
+        (11, float("nan")),
     ):
         values = list(good)
         values[index] = bad

@@ -30,6 +30,7 @@ OPTIONS = EngineOptions(
     context_tokens=64,
     requests_max=1,
     call_deadline_ms=100,
+    kl_budget=0.0,
     patience_s=1.5,
     calibration=Path("/nonexistent"),
 )

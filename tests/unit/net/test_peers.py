@@ -9,11 +9,14 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.compression.transfer import LinkSpeed
+from coeld.compression.wire import relative_error
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind
 from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net import peers
+from coeld.net.exchange import link_of
 from coeld.net.peers import Introduction, PeerPool, PeerServer
 
 HIDDEN = 8
@@ -146,7 +149,7 @@ def test_an_oversized_frame_is_refused_before_it_is_read(server) -> None:
         size = frames.PAYLOAD_BYTES_MAX + 4
         rows = (size - 4) // 4
         sock.sendall(
-            HEADER.pack(b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size)
+            HEADER.pack(b"CoEL", frames.VERSION, Kind.EXPERTS, 1, 0, 1, 0, 1, rows, 1, size, 0.0)
         )
         kind = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL)).kind
         assert kind is Kind.ERROR
@@ -226,7 +229,7 @@ def test_closing_the_server_ends_its_threads() -> None:
 
 
 def test_the_header_has_the_documented_size() -> None:
-    assert HEADER.size == struct.calcsize("<4sBBBBIHHIII") == 28
+    assert HEADER.size == struct.calcsize("<4sBBBBIHHIIIf") == 32
 
 
 class Sluggish:
@@ -436,3 +439,59 @@ def test_an_answer_nobody_asked_for_costs_the_connection(pool) -> None:
 def test_a_name_instead_of_an_address_is_not_looked_up(pool) -> None:
     with pytest.raises(PeerGone):
         pool.call(SERVER, ("localhost", 1), 0, [1], X, None)
+
+
+SLOW_LINK = LinkSpeed(0.001, 1e5)
+MANY = np.random.default_rng(5).standard_normal((64, 96)).astype(np.float32)
+
+
+@pytest.fixture
+def wide_server(monkeypatch):
+    """Over a link that it knows to be slow."""
+    monkeypatch.setattr(peers, "link_of", lambda _sock: SLOW_LINK)
+    made = PeerServer("127.0.0.1", 0)
+    made.serve(introduction(SERVER), MANY.shape[1], run)
+    yield made
+    made.close()
+
+
+def ask_many(pool: PeerPool, server: PeerServer, errors):
+    call = pool.call(SERVER, (server.host, server.port), 1, [1, 2], MANY, None, errors)
+    return pool.result(call), call.traffic
+
+
+def test_rows_that_may_err_cross_a_slow_link_small_and_within_what_is_allowed(
+    wide_server, pool
+) -> None:
+    pool.links[SERVER] = SLOW_LINK
+    y, traffic = ask_many(pool, wide_server, (0.03, 0.05))
+    assert traffic.sent_bytes < 0.25 * MANY.nbytes
+    assert traffic.received_bytes < 0.25 * MANY.nbytes
+    assert 0 < traffic.errors[0] <= 0.03
+    assert 0 < traffic.errors[1] <= 0.05
+    assert relative_error(MANY * 4, y) == pytest.approx(np.hypot(*traffic.errors), rel=0.1)
+
+
+def test_exact_rows_travel_whole_however_slow_the_link(wide_server, pool) -> None:
+    pool.links[SERVER] = SLOW_LINK
+    y, traffic = ask_many(pool, wide_server, (0.0, 0.0))
+    assert np.array_equal(y, MANY * 4)
+    assert (traffic.sent_bytes, traffic.received_bytes) == (MANY.nbytes, MANY.nbytes)
+
+
+def test_over_a_link_that_is_not_known_yet_nothing_is_lost_on_the_way_out(
+    wide_server, pool
+) -> None:
+    _y, traffic = ask_many(pool, wide_server, (0.03, 0.05))
+    assert (traffic.sent_bytes, traffic.errors[0]) == (MANY.nbytes, 0.0)
+    assert traffic.received_bytes < 0.25 * MANY.nbytes
+
+
+def test_the_kernel_tells_the_speed_of_a_link(server, pool) -> None:
+    x = np.zeros((512, HIDDEN), np.float32)
+    for _ in range(20):
+        pool.result(pool.call(SERVER, (server.host, server.port), 1, [1], x, None))
+    link = pool.links.get(SERVER)
+    assert link is None or (0 < link.rtt_s < 1 and link.bytes_per_s > 1e5)
+    with socket.socket() as unconnected:
+        assert link_of(unconnected) is None
