@@ -14,6 +14,7 @@ that is measured, so that a machine that slows down slows down all of it; figure
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -200,8 +201,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def tell(key: tuple[str, ...], runs: Runs) -> None:
+    """How far it is."""
+    words = [*key, f"decode {runs.decode[-1]:.1f}, prefill {runs.prefill[-1]:.1f}", runs.split()]
+    print(*words, file=sys.stderr, flush=True)
+
+
 def main() -> None:
     arguments = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that labs are taken down
     store = Store(Path(os.environ["COELD_STORE"]))
     manifest = store.manifest(arguments.model)
     if arguments.vocabulary:
@@ -223,12 +231,14 @@ def main() -> None:
                         key = profile, str(count), "one device" if count == 1 else mode
                         with engines(lab, store, manifest, mode) as engine:
                             measure(engine, found.setdefault(key, Runs()), arguments.repeats)
+                        tell(key, found[key])
                 if program and arguments.gguf:
                     with Lab(names, PROFILES[profile]) as lab:
                         for name in names:
                             lab.limit(name, arguments.cpu)
-                        runs = found.setdefault((profile, str(count), "llama.cpp RPC"), Runs())
-                        run_llama(lab, Path(program), arguments.gguf, runs)
+                        key = profile, str(count), "llama.cpp RPC"
+                        run_llama(lab, Path(program), arguments.gguf, found.setdefault(key, Runs()))
+                        tell(key, found[key])
     print("| model | network | devices | mode | decode tok/s | prefill tok/s | ms, KB per token |")
     print("|---|---|---|---|---|---|---|")
     for key in sorted(found):

@@ -22,7 +22,7 @@ from coeld.datapath.split import Split
 from coeld.datapath.ways import Way, way_of
 from coeld.errors import CacheLost, PeerError, PeerRefused
 from coeld.ids import NodeId
-from coeld.routes import Leg, RouteTable
+from coeld.routes import Leg
 
 LOST_S: Final = 3.0
 """As long as the swarm takes to name a dead device's successors."""
@@ -46,13 +46,12 @@ class Decoder:
         self._lost_at: dict[NodeId, float] = {}
 
     def depart(self) -> Journey:
-        """Begin a journey along the way of the present table."""
-        table = self._dispatcher.board.table
-        way = self._way(table)
+        """Begin a journey along the present way."""
+        way = self.way()
         mine = [leg for leg in way if leg.node == self._dispatcher.me]
         here = self._new_cache(layer for leg in mine for layer in range(leg.first, leg.stop))
         self._numbers = (self._numbers + 1) % (1 << 32)
-        return Journey(way, here, self._numbers, table, self._dispatcher.peers)
+        return Journey(way, here, self._numbers, self._dispatcher.peers)
 
     def forward(
         self, journey: Journey, tokens: Sequence[int], rows: Sequence[int], request: Request
@@ -113,12 +112,13 @@ class Decoder:
         split.received_bytes += rows.nbytes
         return rows
 
-    def _way(self, table: RouteTable | None) -> Way:
+    def way(self) -> Way:
         """The table's way, or all layers here while this device's graphs do not fit the way's legs
         (they are being built)."""
         now = time.monotonic()
         self._lost_at = {n: at for n, at in self._lost_at.items() if now - at < LOST_S}
         me, layers = self._dispatcher.me, self._layers
+        table = self._dispatcher.board.table
         way = way_of(table, me, layers, self._lost_at.keys())
         parts = [(leg.first, leg.stop, leg.stop == layers) for leg in way if leg.node == me]
         if way[-1].node != me:
@@ -136,10 +136,8 @@ class _Errand:
         self.quality = request.quality
 
     def check(self) -> None:
-        """A newer table may know a way on which nothing is missing."""
+        """There may be a way by now on which nothing is missing: the routes have changed, or this
+        request set out before graphs were ready that are ready now."""
         self._request.check()
-        table = self._decoder._dispatcher.board.table
-        if table is not self._journey.table:
-            if self._decoder._way(table) != self._journey.way:
-                raise LegLost("the routes have changed")
-            self._journey.table = table
+        if self._decoder.way() != self._journey.way:
+            raise LegLost("the way has changed")

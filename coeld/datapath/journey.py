@@ -7,22 +7,17 @@ tokens.
 from coeld.datapath.ports import Cache, PeerLink
 from coeld.datapath.ways import Way
 from coeld.ids import NodeId
-from coeld.routes import RouteTable
 
 
 class Journey:
     """Where the keys and values of one request are."""
 
-    def __init__(
-        self, way: Way, here: Cache, number: int, table: RouteTable | None, peers: PeerLink
-    ) -> None:
+    def __init__(self, way: Way, here: Cache, number: int, peers: PeerLink) -> None:
         self.way = way
         self.here = here
         """Of the layers that run on this device."""
         self.number = number
         """Names the request at peers."""
-        self.table = table
-        """The last one that its way was compared with."""
         self.asked: set[NodeId] = set()
         """Peers that may hold caches."""
         self._peers = peers

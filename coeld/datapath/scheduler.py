@@ -25,8 +25,8 @@ PREFILL_CHUNK_TOKENS: Final = 256
 REPLAY_S: Final = 5.0
 """A silence that a reader bears for the sake of the very same text."""
 
-LOSSES_MAX: Final = 16
-"""Ways that one token may lose: more devices than answer for one request."""
+LOSSES_MAX: Final = 6
+"""Ways that one token may lose. Each after the first means LOST_S without some device: 18 s."""
 
 
 class Scheduler:

@@ -196,6 +196,24 @@ def test_a_span_that_is_no_more_is_run_by_whoever_asks(device, expected) -> None
     assert (listener.tokens, devices[0].failed) == (expected, [])
 
 
+def test_a_request_that_set_out_by_cuts_finds_the_span_when_its_experts_are_fused(
+    device, expected
+) -> None:
+    """As when a swarm forms: the routes name spans, their devices are still building graphs."""
+    devices = [device(A, lots=LOTS[:EXPERTS]), device(B)]
+    for each in devices:
+        each.follow(table(devices))
+    listener = devices[0].submit()
+    for _ in range(6):
+        devices[0].model.scheduler.turn()
+    spans = [Leg(A, 0, 1), Leg(B, 1, 3)]
+    routes = table(devices, spans, spans, epoch=2)
+    devices[1].follow(routes)  # from now on nobody can call its experts
+    devices[0].model.board.pin(routes)
+    devices[0].finish()
+    assert (listener.tokens, devices[0].failed) == (expected, [])
+
+
 def test_two_devices_that_run_each_others_layers_do_not_wait_for_each_other(
     device, expected
 ) -> None:
