@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import json
+import os
 import socket
 import struct
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +57,45 @@ def test_devices_of_one_swarm_find_each_other() -> None:
     assert asyncio.run(scenario()) == [
         ("a", "b" * 16, "127.0.0.1", 1098),
         ("b", "a" * 16, "127.0.0.1", 1097),
+    ]
+
+
+@pytest.mark.skipif(not loopback_multicast(), reason="no multicast on the loopback interface")
+def test_two_devices_with_one_identity_are_both_found_under_names_of_their_own() -> None:
+    async def scenario() -> set[tuple[str, str, int]]:
+        found: set[tuple[str, str, int]] = set()
+        async with asyncio.TaskGroup() as group:
+
+            def announce(letter: str, port: int, see: bool) -> asyncio.Task[None]:
+                notice = (lambda *what: found.add(what)) if see else (lambda *what: None)
+                address = ("127.0.0.1", port)
+                return group.create_task(discover(NodeId(letter * 16), "home", address, notice))
+
+            tasks = [announce("a", 1001, False)]
+            tasks += [announce("b", 1003, True)]
+            await eventually(lambda: len(found) == 1)
+            tasks += [announce("a", 1002, False)]
+            await eventually(lambda: len(found) == 2)
+            for task in tasks:
+                task.cancel()
+        return found
+
+    assert asyncio.run(scenario()) == {
+        ("a" * 16, "127.0.0.1", 1001),
+        ("a" * 16, "127.0.0.1", 1002),
+    }
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+def test_devices_on_two_interfaces_meet_one_over_ipv4_and_one_over_ipv6() -> None:
+    command = ["unshare", "-n", sys.executable, "-m", "tests.harness.two_interfaces"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if "Operation not permitted" in done.stderr or "/dev/net/tun" in done.stderr:
+        pytest.skip("no network namespaces or no TUN devices here")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        ["a", "b" * 16, "fd00::1", ord("b")],
+        ["b", "a" * 16, "10.9.0.1", ord("a")],
     ]
 
 
