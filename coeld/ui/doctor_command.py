@@ -63,7 +63,7 @@ def checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield Check("daemon", f"answers on {socket}")
     trouble = status["engine"]["trouble"]
     yield Check("engine", "not ready" if trouble else f"has {status['engine']['model']}", trouble)
-    yield from _machine(status["sensors"])
+    yield from machine(status["sensors"])
     yield _swarm(status["node"])
 
 
@@ -78,7 +78,7 @@ def _model(store: Store) -> Check:
     return Check("model", ", ".join(names))
 
 
-def _machine(sensors: dict[str, Any]) -> Iterator[Check]:
+def machine(sensors: dict[str, Any]) -> Iterator[Check]:
     """Memory, heat, battery and disk, where this machine has them."""
     memory, battery, disk = sensors["memory"], sensors["battery"], sensors["disk"]
     found = f"{memory['available_bytes'] / 1e6:,.0f} of {memory['total_bytes'] / 1e6:,.0f} MB free"

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from coeld.ui.cli import COMMANDS, HELP, main
-from coeld.ui.status_command import devices, layers_owned
+from coeld.ui.doctor_command import machine
+from coeld.ui.status_command import devices, layers_owned, this_device
 
 HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
 
@@ -122,3 +123,54 @@ def test_owned_experts_are_shown_as_ranges() -> None:
     runs = [[0, 0, 8], [1, 0, 8], [2, 0, 4], [2, 6, 1], [4, 0, 8], [9, 2, 2]]
     assert layers_owned(runs, 8) == "0-1, 4, 2[0-3,6], 9[2-3]"
     assert layers_owned([], 8) == ""
+
+
+SENSORS: dict[str, Any] = {
+    "memory": {
+        "total_bytes": 8_000_000_000,
+        "available_bytes": 700_000_000,
+        "pressure_percent": 31,
+        "budget_bytes": 10**9,
+    },
+    "heat": {
+        "celsius": 84,
+        "where": "cpu-thermal",
+        "limit_celsius": 85,
+        "clock_mhz": 1500,
+        "clock_full_mhz": 2400,
+        "complaints": ["under-voltage"],
+    },
+    "battery": {"percent": 20, "discharging": True, "spared": True},
+    "disk": {"free_bytes": 10**8, "read_mb_per_s": 88},
+    "gpus": [{"name": "RTX 4060"}],
+}
+
+
+def test_what_ails_a_device_is_shown_with_what_to_do() -> None:
+    kernels = {"dense": {"1": {"gb_per_s": 3.25, "us_per_row": 9}}}
+    line = this_device({"sensors": SENSORS, "engine": {"kernels": kernels}})
+    for part in ("pressure 31 %", "84 °C", "clock 1,500 of 2,400 MHz", "under-voltage"):
+        assert part in line
+    for part in ("battery 20 %, spared", "0.1 GB free, reads 88 MB/s", "dense kernels 3.2 GB/s"):
+        assert part in line
+    assert "RTX 4060 (not used)" in line
+    advice = {check.name: check.advice for check in machine(SENSORS)}
+    assert "memory.budget_mb" in advice["memory"]
+    assert "power supply" in advice["heat"]
+    assert "Plug it in" in advice["battery"]
+    assert "nearly full" in advice["disk"]
+    assert advice["gpu"] == ""
+
+
+def test_a_device_without_sensors_has_nothing_to_complain_of() -> None:
+    unknown = {"celsius": None, "limit_celsius": None, "clock_mhz": 0, "clock_full_mhz": 0}
+    well = SENSORS | {
+        "memory": SENSORS["memory"] | {"pressure_percent": 0},
+        "heat": SENSORS["heat"] | unknown | {"complaints": []},
+        "battery": None,
+        "disk": {"free_bytes": 10**10, "read_mb_per_s": 0},
+        "gpus": [],
+    }
+    line = this_device({"sensors": well, "engine": {"kernels": {}}})
+    assert line == "700 MB of memory available, disk 10.0 GB free"
+    assert [(check.name, check.advice) for check in machine(well)] == [("memory", ""), ("disk", "")]
