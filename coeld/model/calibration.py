@@ -124,19 +124,28 @@ class Calibration:
                 y *= sigmoid(times(normed, weights["shared_score"]))
             self._x += y
 
-    def expert(self, index: int, weights: Weights) -> Weights:
-        """One expert with smoothed channels: the same function of smoothed rows."""
+    def expert(self, index: int, weights: Weights, *, spend: bool = False) -> Weights:
+        """One expert with smoothed channels: the same function of smoothed rows. `spend`: in the
+        memory of what was given, which nobody may look at again."""
         chosen = np.flatnonzero(self.gates[:, index])
         every = self._shape.routing is None
-        smoothed, y = self._feed(weights, self.rows[chosen], every)
+        smoothed, y = self._feed(weights, self.rows[chosen], every, spend)
         self._x[chosen] += y * self.gates[chosen, index, None]
         return smoothed
 
-    def _feed(self, weights: Weights, rows: Doubles, every: bool) -> tuple[Weights, Doubles]:
+    def _feed(
+        self, weights: Weights, rows: Doubles, every: bool, spend: bool = False
+    ) -> tuple[Weights, Doubles]:
         """A feed-forward block, smoothed, and its output. `every`: these are all rows."""
         activation, into = self._shape.activation, self._into_ffn
         smooth = dict(weights)
-        smooth["gate"], smooth["up"] = weights["gate"] * into, weights["up"] * into
+
+        def scaled(name: str, factors: Floats) -> Floats:
+            weight = weights[name]
+            in_place = spend and weight.flags.writeable
+            return np.multiply(weight, factors, out=weight if in_place else None)
+
+        smooth["gate"], smooth["up"] = scaled("gate", into), scaled("up", into)
         gate = times(rows, smooth["gate"]) + weights.get("gate.b", 0)
         up = times(rows, smooth["up"]) + weights.get("up.b", 0)
         hidden = swiglu(gate, up, activation)
@@ -148,7 +157,7 @@ class Calibration:
             smooth["up"] /= into_down[:, None]
             if "up.b" in weights:
                 smooth["up.b"] = weights["up.b"] / into_down
-            smooth["down"] = weights["down"] * into_down
+            smooth["down"] = scaled("down", into_down)
         return smooth, y
 
     def _attend(self, normed: Doubles, weights: Weights) -> Doubles:

@@ -251,7 +251,7 @@ class _Import:
         for index, sources in enumerate(plan.layers[layer].experts):
             expert = plan.expert(layer, index)
             if calibration is not None:
-                expert = calibration.expert(index, expert)  # and let go of what was read
+                expert = calibration.expert(index, expert, spend=True)
             yield expert
             self._advance(part, *sources.values())
 

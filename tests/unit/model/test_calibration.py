@@ -52,6 +52,22 @@ def test_what_was_given_is_not_changed(name: str) -> None:
         np.testing.assert_array_equal(value, before[key])
 
 
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_spending_what_was_given_changes_no_bit_of_the_result(name: str) -> None:
+    plan = blueprint(huggingface(name))
+    kept, spent = Calibration(plan, TOKENS), Calibration(plan, TOKENS)
+    for layer in range(plan.shape.layers):
+        kept.trunk(plan.trunk(layer))
+        spent.trunk(plan.trunk(layer))
+        for index in range(len(plan.layers[layer].experts)):
+            own = {key: value.copy() for key, value in plan.expert(layer, index).items()}
+            smooth = spent.expert(index, own, spend=True)
+            for key, value in kept.expert(index, plan.expert(layer, index)).items():
+                assert value.tobytes() == smooth[key].tobytes()
+            assert smooth["gate"] is own["gate"]
+        assert kept._x.tobytes() == spent._x.tobytes()
+
+
 def test_each_row_chooses_as_many_experts_as_the_model_says() -> None:
     plan = blueprint(huggingface("qwen3_moe"))
     calibration = Calibration(plan, TOKENS)
