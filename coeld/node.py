@@ -15,7 +15,7 @@ from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, unclaimed
 from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
 from coeld.deployment.proposal import Deliberation, Facts
-from coeld.deployment.supply import facts_of
+from coeld.deployment.supply import considered, facts_of
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
     BrokersReached,
@@ -445,8 +445,9 @@ class Node:
         return capacity(self.perception.me.memory_budget_bytes, self.demand)
 
     def _rooms(self, demand: ModelDemand) -> list[int]:
-        """For how many lots there is room at each device with the model."""
-        return [capacity(record.memory_budget_bytes, demand) for record in self._market()]
+        """For how many lots there is room at each device that counts for the model."""
+        counted = considered(demand, self._market())
+        return [capacity(record.memory_budget_bytes, demand) for record in counted]
 
     def _won(self) -> dict[Lot, int]:
         claims = self.perception.me.claims

@@ -2,7 +2,8 @@
 
 A proposal must come out alike at all devices, so it depends on gossiped records alone. Measured
 figures in them are steps, not wobbling numbers (coeld.perception.resources). When more devices
-hold the model than are needed for it twice, the fastest are considered and the others only bid.
+hold the model than are needed for it twice, the fastest are considered and the others only bid;
+so does a device that is far slower than those that suffice.
 """
 
 from collections.abc import Iterable
@@ -18,23 +19,37 @@ CONSIDERED_MAX: Final = 64
 """Devices in a proposal."""
 ENOUGH: Final = 2
 """Times the model's lots: room beyond this is not considered."""
+UNNEEDED: Final = 5
+"""Times slower than the slowest of those that have room for the model: such a device only bids."""
 SPARING: Final = 16
 """How much slower a device on a low battery counts: it takes what nobody else can."""
 
 
 def facts_of(demand: ModelDemand, records: Iterable[Record], split: bool = False) -> Facts:
     """The facts behind a proposal, from the records of the devices that have the model open."""
-    ranked = sorted(records, key=lambda r: (-_speeds(r)[0], -tie(r.origin, 0), r.origin))
-    wanted, rooms = ENOUGH * demand.layers * demand.experts, 0
-    chosen: list[Record] = []
-    for record in ranked[:CONSIDERED_MAX]:
-        if rooms >= wanted and len(chosen) >= ENOUGH:
-            break
-        chosen.append(record)
-        rooms += capacity(record.memory_budget_bytes, demand)
+    chosen = considered(demand, records)
     devices = [_device(record, demand) for record in sorted(chosen, key=lambda r: r.origin)]
     links = tuple((LAN,) * len(devices) for _ in devices)
     return Facts(demand, tuple(devices), links, split)
+
+
+def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
+    """Whom a proposal may give lots: the fastest, until there is room enough.
+
+    Where the fast ones have room for the model, who is far slower could only make it worse: with
+    its room whole layers might fit where parts did, and be placed at it.
+    """
+    ranked = sorted(records, key=lambda r: (-_speeds(r)[0], -tie(r.origin, 0), r.origin))
+    lots, rooms = demand.layers * demand.experts, 0
+    chosen: list[Record] = []
+    for record in ranked[:CONSIDERED_MAX]:
+        if rooms >= ENOUGH * lots and len(chosen) >= ENOUGH:
+            break
+        if rooms >= lots and chosen and UNNEEDED * _speeds(record)[0] < _speeds(chosen[-1])[0]:
+            break
+        chosen.append(record)
+        rooms += capacity(record.memory_budget_bytes, demand)
+    return chosen
 
 
 def _device(record: Record, demand: ModelDemand) -> Device:

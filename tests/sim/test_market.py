@@ -100,6 +100,22 @@ def test_a_device_that_joins_ten_times_slower_takes_nothing_that_answers_wait_fo
     assert all(claim.copy > 0 for claim in claims)
 
 
+@pytest.mark.parametrize("rooms", [[49, 49], [44, 54]])
+def test_a_device_that_joins_later_and_is_ten_times_slower_moves_nothing(rooms: list[int]) -> None:
+    world = swarm(6, [*rooms, 97], [4000, 4000, 400])
+    slow = world.device(2)
+    world.run(0.4)
+    if slow.node is not None:
+        world.crash(slow)
+    world.run(8)
+    found = moves(world)
+    world.start(slow)
+    world.run(10)
+    assert slow.node is not None
+    assert slow.node.perception.me.model == MODEL.model
+    assert {device for device, *_ in found} <= {slow.id}, "the others keep what they have"
+
+
 @pytest.mark.parametrize("change", ["leave", "crash", "return", "join", "slow", "squeeze"])
 def test_every_change_leads_to_a_plan_that_all_agree_on(change: str) -> None:
     world = swarm(5, [57, 57, 57, 57])
