@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 from coeld.compression.transfer import encode_for
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header, Kind, SpanCall
-from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused
+from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.exchange import OPTIONS, Rows, link_of, peer_errors
 from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
@@ -196,6 +196,11 @@ class PeerServer:
             with contextlib.suppress(PeerError):
                 text = frames.pack_text(Kind.ERROR, 0, {"message": str(exc)})
                 connection.send(text, FRAME_TIMEOUT_S)
+        except PeerSlow as exc:
+            self.refused += 1
+            with contextlib.suppress(PeerError):
+                why = f"a frame did not go through in {FRAME_TIMEOUT_S:g} s: {exc}"
+                connection.send(frames.pack_text(Kind.ERROR, 0, {"message": why}), 0)
         except PeerError:
             pass  # it left
         finally:

@@ -163,11 +163,74 @@ def test_rows_of_another_width_are_refused(server) -> None:
         assert kind is Kind.ERROR
 
 
-def test_a_peer_that_sends_half_a_frame_is_cut_off(server, monkeypatch) -> None:
+def message_from(sock: socket.socket) -> str:
+    """What the ERROR says that the server sends next."""
+    header = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
+    assert header.kind is Kind.ERROR
+    return str(frames.refusal(memoryview(sock.recv(header.payload_bytes, socket.MSG_WAITALL))))
+
+
+def test_a_peer_that_sends_half_a_frame_is_told_and_cut_off(server, monkeypatch) -> None:
     monkeypatch.setattr(peers, "FRAME_TIMEOUT_S", 0.1)
     with greeted(server) as sock:
         sock.sendall(b"CoEL")
+        assert "did not go through" in message_from(sock)
         assert sock.recv(1) == b""
+
+
+def test_a_peer_that_sends_byte_by_byte_is_cut_off_and_others_are_answered(
+    server, pool, monkeypatch
+) -> None:
+    monkeypatch.setattr(peers, "FRAME_TIMEOUT_S", 0.5)
+    with greeted(server) as sock:
+        sock.settimeout(0.02)
+        frame = b"".join(frames.pack_experts(1, 1, [1, 2], X))
+        sent = 0
+        for byte in frame:
+            try:
+                sock.sendall(bytes([byte]))
+                sent += 1
+                sock.recv(1)
+                break  # it has been told
+            except TimeoutError:
+                assert np.array_equal(ask(pool, server), X * 4)
+        assert sent < len(frame)
+    assert server.refused == 1
+
+
+def test_a_peer_that_never_reads_is_cut_off_and_others_are_answered(
+    server, pool, monkeypatch
+) -> None:
+    monkeypatch.setattr(peers, "FRAME_TIMEOUT_S", 0.3)
+    rows = np.ones((512, HIDDEN), np.float32)
+    call = b"".join(frames.pack_experts(1, 1, [1, 2], rows))
+    with greeted(server) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.settimeout(0.05)
+        end = time.monotonic() + 10
+        while server.refused == 0 and time.monotonic() < end:
+            try:
+                sock.sendall(call)
+            except TimeoutError:
+                pass  # nobody reads us either: its answers are stuck
+            except OSError:
+                break
+            assert np.array_equal(ask(pool, server), X * 4)
+    end = time.monotonic() + 2
+    while server.refused == 0 and time.monotonic() < end:
+        assert np.array_equal(ask(pool, server), X * 4)
+    assert server.refused == 1
+
+
+def test_calls_repeated_and_interleaved_on_one_connection_are_answered_in_order(server) -> None:
+    ids = [7, 7, 3, 9, 7]
+    with greeted(server) as sock:
+        sock.sendall(b"".join(b"".join(frames.pack_experts(n, 1, [1, 2], X)) for n in ids))
+        for call_id in ids:
+            header = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
+            payload = sock.recv(header.payload_bytes, socket.MSG_WAITALL)
+            assert (header.kind, header.call_id) == (Kind.RESULT, call_id)
+            assert np.array_equal(frames.unpack_result(header, memoryview(payload))[0], X * 4)
 
 
 def test_connections_beyond_the_limit_are_closed(server, monkeypatch) -> None:
