@@ -331,6 +331,7 @@ class Agent:
             heartbeat_ms=swarm.heartbeat_ms,
             silence_ms=swarm.silence_ms,
             suspicion_ms=swarm.suspicion_ms,
+            spans=swarm.spans,
         )
         return Node(self._identity.node, self._identity.incarnation, config, self._rng)
 

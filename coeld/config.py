@@ -244,6 +244,12 @@ class Swarm:
         50,
         600_000,
     )
+    spans: bool = _key(
+        False,
+        "true: devices run consecutive whole layers for each other in one call where the market "
+        "finds that cheaper, and share layers where that is clearly faster still. For slow links; "
+        "experimental: after a failure an answer may pause longer. The same on all devices.",
+    )
 
     @property
     def embedded(self) -> bool:

@@ -22,6 +22,7 @@ from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
 from coeld.lot_sets import integer as _int
+from coeld.routes import LAYERS_MAX
 
 VERSION = 3
 KIND_DIGEST = 1  # kinds are append-only: never renumber, never reuse
@@ -34,6 +35,7 @@ ENTRIES_MAX = 1024
 WANTED_MAX = 256
 PARTS_MAX = 256
 RECORDS_MAX = 64
+SPANS_MAX = 256
 COPIES_MAX = 8
 NAME_CHARS_MAX = 64
 HOST_CHARS_MAX = 253
@@ -86,6 +88,8 @@ class Record:
     """Sorted by lot; at most one per lot."""
     serving: tuple[Lot, ...] = ()
     """Sorted."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """(first, stop) of layers that it serves whole, in one call; ascending."""
     epoch: int = 0
     fingerprint: str = ""
     """Of the route table it uses: 16 hex digits, or empty."""
@@ -287,6 +291,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["data"] = [record.data_host, record.data_port]
         value["claims"] = pack((lot, (copy, bid)) for lot, copy, bid in record.claims)
         value["serving"] = pack((lot, ()) for lot in record.serving)
+        if record.spans:
+            value["spans"] = record.spans
     return value
 
 
@@ -298,12 +304,14 @@ def _record(value: Any) -> Record:
     model, data = None, ("", 0)
     claims: tuple[Claim, ...] = ()
     serving: tuple[Lot, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
     if value.get("model") is not None:
         model = ModelHash(_match(value["model"], _MODEL, "model"))
         data = _address(value, "data")
         claims = _claims(_list(value, "claims", LOTS_PER_RECORD_MAX))
         rows = _list(value, "serving", LOTS_PER_RECORD_MAX)
         serving = tuple(lot for lot, _ in unpack(rows, 0, 0))
+        spans = _spans(_list(value, "spans", SPANS_MAX)) if "spans" in value else ()
     return Record(
         origin=_node(value.get("node")),
         incarnation=_int(value.get("inc"), "inc", COUNTER_MAX),
@@ -323,6 +331,7 @@ def _record(value: Any) -> Record:
         data_port=data[1],
         claims=claims,
         serving=serving,
+        spans=spans,
         epoch=_int(value.get("epoch"), "epoch", COUNTER_MAX),
         fingerprint=_match(value.get("routes"), _FINGERPRINT, "routes"),
     )
@@ -333,6 +342,18 @@ def _claims(rows: list[Any]) -> tuple[Claim, ...]:
     if any(claim.copy >= COPIES_MAX for claim in claims):
         raise FrameError(f"a claim names a copy above {COPIES_MAX - 1}: message ignored")
     return claims
+
+
+def _spans(rows: list[Any]) -> tuple[tuple[int, int], ...]:
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if not isinstance(row, list) or len(row) != 2:
+            raise FrameError("a span is not [first, stop]: message ignored")
+        first = _int(row[0], "first", LAYERS_MAX - 1)
+        if found and found[-1][1] > first:
+            raise FrameError("spans of a record are not ascending: message ignored")
+        found.append((first, _int(row[1], "stop", LAYERS_MAX, least=first + 1)))
+    return tuple(found)
 
 
 # ---- leaves --------------------------------------------------------------------------------

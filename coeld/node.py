@@ -7,15 +7,17 @@ simulator: the same events at the same times with the same Random give the same 
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
-from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, unclaimed
+from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, serving, unclaimed
 from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
-from coeld.deployment.proposal import Deliberation, Facts
+from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.supply import considered, facts_of
+from coeld.deployment.ways import Ways, roomy, whole_layers
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
     BrokersReached,
@@ -40,6 +42,7 @@ from coeld.perception.resources import Told
 from coeld.routes import RouteTable
 from coeld.update.disk import Wanted
 from coeld.update.migration import LotState, Migration, Move, Plan, Wish
+from coeld.update.spanning import Spanning
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
 from coeld.view import ModelDemand
@@ -57,6 +60,8 @@ class Node:
         self.told = Told()
         self.migration = Migration(config.load_batch_bytes)
         self.switchover = Switchover(node_id)
+        self.spanning = Spanning()
+        self.ways = Ways(node_id)
         self.demand: ModelDemand | None = None
         self.stale_reports = 0
         """Reports of the engine about lots that were in no such state: of an engine before."""
@@ -72,6 +77,8 @@ class Node:
         """What was served and held when bids were last worked out; None: work them out."""
         self._wanted: Mapping[Lot, NodeId] = {}
         self._bids: dict[Lot, int] = {}
+        self._room = 0
+        self._whole = True
         self._missing_bytes = 0
         self._bid_wanted = True
         self._bid_at = 0.0
@@ -165,7 +172,7 @@ class Node:
 
     def _next_due(self) -> float:
         bid_at = self._bid_at if self._bid_wanted else float("inf")
-        timers = [at for at in self._rests() if at > self._planned_at]
+        timers = [at for at in (*self._rests(), self.spanning.due) if at > self._planned_at]
         return min(self.perception.due, bid_at, self.migration.retry_at(self._planned_at), *timers)
 
     def _versions(self) -> tuple[int, int, int]:
@@ -199,8 +206,9 @@ class Node:
             case EngineStarted():
                 self._engine_started(event, now)
             case EngineStopped():
-                self.migration.engine_lost()
-                self.perception.tell(model=None, data_host="", data_port=0, claims=(), serving=())
+                self._engine_lost()
+                gone: dict[str, Any] = {"claims": (), "serving": (), "spans": ()}
+                self.perception.tell(model=None, data_host="", data_port=0, **gone)
                 self._bid_wanted = True
             case LotsLoaded(lots):
                 self._moved(Move.LOADED, lots, LotState.LOADING)
@@ -235,7 +243,7 @@ class Node:
         While what is served is as wanted, the wish stays: more of it is being carried out.
         """
         records = self._market()
-        facts = facts_of(demand, records)
+        facts = facts_of(demand, records, self.config.spans)
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
         if self._thinking is None:
@@ -243,35 +251,27 @@ class Node:
             if now < self._bid_at:
                 return False
             self._thinking, self._considered = Deliberation(facts), None
+            self._touch()  # what is worth to be a span may have changed
         if not self._thinking.advance():
             return False
-        served, held = self._served(records), self._held(demand)
+        served, held = serving(records, owners(self._leaders())), self._held(demand)
         if self._considered != (served, held):
             fresh = self._considered is None
             self._considered = (served, held)
             if fresh or any(self._wanted.get(lot) != node for lot, node in served.items()):
-                self._wanted = self._owners_wanted(served, demand.lot_bytes)
-            self._bids = bids(facts.model(), self.node_id, self._wanted, held)
+                wanted = self._wanted = self._owners_wanted(served, demand.lot_bytes)
+                self._whole = not wanted or is_whole(wanted)
+            model = facts.model()
+            self._bids = bids(model, self.node_id, self._wanted, held)
+            self._room = roomy(model, self.perception.me, self._wanted)
         return True
-
-    def _served(self, records: list[Record]) -> dict[Lot, NodeId]:
-        """Of those who serve a lot, the one who counts: the auction's winner, or the first."""
-        served: dict[Lot, NodeId] = {}
-        winners = owners(self._leaders())
-        for record in sorted(records, key=lambda record: record.origin, reverse=True):
-            for lot in record.serving:
-                if lot not in served or served[lot] != winners.get(lot):
-                    served[lot] = record.origin
-        return served
 
     def _held(self, demand: ModelDemand) -> set[Lot]:
         """Lots that are here to stay: of layers that are here whole, if layers are kept whole."""
-        assert self._thinking is not None
         kept = {lot for lot in self._lots if self.migration.keeps(lot)}
-        if not self._thinking.whole:
+        if not self._whole:
             return kept
-        counts = Counter(lot.layer for lot in kept)
-        return {lot for lot in kept if counts[lot.layer] == demand.experts}
+        return {lot for layer in whole_layers(demand, kept) for lot in demand.lots_of(layer)}
 
     def _owners_wanted(self, served: Mapping[Lot, NodeId], lot_bytes: int) -> Mapping[Lot, NodeId]:
         """The best placement, or the present one if moving there does not pay."""
@@ -285,39 +285,45 @@ class Node:
         return (fresh if pays else kept).owners
 
     def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
-        """This device's claims."""
         return bundle(
             self.node_id,
             self._lots,
             self._bids.__getitem__,
             rivals,
-            claimable(self._capacity(), self._rooms(demand), demand),
+            self._claimable(self._rooms(demand), demand),
             1 if self.perception.me.sparing else self.config.replicas_max,
             self._barred,
         )
 
+    def _claimable(self, rooms: list[int], demand: ModelDemand) -> int:
+        """Whole layers only, while those of all devices are enough and worth it."""
+        room = min(self._room, self._capacity())
+        return claimable(room, rooms, demand) if self._whole else room
+
     def _plan(self, now: float) -> None:
         """Update: load what was won, drop what is no longer needed, publish the routes."""
         perception = self.perception
-        timed = any(self._planned_at < at <= now for at in self._rests())
+        timed = any(self._planned_at < at <= now for at in (*self._rests(), self.spanning.due))
         self._planned_at = now
         if self.demand is None:
             return
         if perception.supply == self._seen_supply and not timed:
             if perception.marks != self._seen_marks:
                 self._swap(self.switchover.agree(self.demand, list(perception.present())))
+                self._close(self.demand)
             return
         joined = now >= self._joined_at
         urgent, settled = (joined and now >= at for at in self._rests()[:2])
         plan = Plan()
         if perception.me.model is not None:
             room = self._capacity()
-            fill = claimable(room, self._rooms(self.demand), self.demand)
+            fill = self._claimable(self._rooms(self.demand), self.demand)
             wish = Wish(self._won(), self._elsewhere(), room, fill, urgent, settled)
             plan = self.migration.plan(wish, self.demand.lot_bytes)
             self._bid_wanted |= bool(plan.load or plan.drop)
-            perception.tell(serving=self.migration.serving)
+            self._serve(self.demand, now, settled and not self.migration.loading)
         self._switch(self.demand, settled and perception.complete)
+        self._close(self.demand)
         if plan.drop:
             self._out.append(DropLots(plan.drop))
         if plan.load:
@@ -325,17 +331,45 @@ class Node:
         self._seen_supply = perception.supply
         self._bid_wanted |= self._bid_supply != perception.supply
 
+    def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
+        """Tell what is served, and which layers of it as spans: no new ones before all `rests`,
+        for what is loaded in an emergency has to answer at once, and spans change graphs."""
+        perception, spanning = self.perception, self.spanning
+        perception.tell(serving=self.migration.serving)
+        wanted: Collection[int] = spanning.announced
+        borders: Collection[int] = spanning.borders
+        if rests and self._thinking is not None:
+            facts, winners, lots = (
+                self._thinking.facts,
+                owners(self._leaders()),
+                self.migration.held,
+            )
+            wanted = self.ways.wanted(facts, self._market(), winners, spanning.announced, lots)
+            borders = self.ways.borders(winners)
+        supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
+        perception.tell(spans=spanning.want(wanted, whole, now, borders))
+        if self._bid_supply == supply:  # no bid depends on spans
+            self._bid_supply = perception.supply
+
+    def _close(self, demand: ModelDemand) -> None:
+        """Once all know what is announced here, single calls for it need no answer any more."""
+        if self.switchover.agreed(self._market()) and self.spanning.agreed():
+            self._switch(demand, False)
+
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
         count = len(unclaimed(self._lots, self._leaders()))
         missing = missing_lots(count, self._rooms(demand), demand) * demand.lot_bytes
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
+        records, suspects = list(self.perception.present()), self.perception.suspects()
         self._swap(
             self.switchover.update(
                 demand,
-                list(self.perception.present()),
-                self.perception.suspects(),
+                records,
+                suspects,
                 owners(self._leaders()),
                 self._missing_bytes,
+                self.spanning.closed_spans,
+                partial(self.ways.legs, demand, records, suspects),
             )
         )
 
@@ -348,8 +382,13 @@ class Node:
 
     # ---- events in detail ------------------------------------------------------------------
 
-    def _engine_started(self, event: EngineStarted, now: float) -> None:
+    def _engine_lost(self) -> None:
+        """Nothing is in memory any more."""
         self.migration.engine_lost()
+        self.spanning = Spanning()
+
+    def _engine_started(self, event: EngineStarted, now: float) -> None:
+        self._engine_lost()
         self.switchover.forget()
         self.demand = event.demand
         self._lots = event.demand.lots() if event.demand else []
@@ -364,6 +403,7 @@ class Node:
             data_port=event.data_port,
             claims=(),
             serving=(),
+            spans=(),
         )
         self._touch()
 
@@ -445,7 +485,6 @@ class Node:
         return capacity(self.perception.me.memory_budget_bytes, self.demand)
 
     def _rooms(self, demand: ModelDemand) -> list[int]:
-        """For how many lots there is room at each device that counts for the model."""
         counted = considered(demand, self._market())
         return [capacity(record.memory_budget_bytes, demand) for record in counted]
 

@@ -57,6 +57,10 @@ class NodeConfig:
     """1 or more: one lot at least is loaded. Larger batches compile fewer plans; smaller ones serve
     the first lots sooner."""
 
+    spans: bool = True
+    """Serve runs of whole layers in one call where that is cheaper, and send own requests through
+    such runs. The same on all devices, or they place the model differently."""
+
     def __post_init__(self) -> None:
         assert self.heartbeat_ms > 0
         assert self.silence_ms >= 2 * self.heartbeat_ms

@@ -21,9 +21,8 @@ counts above that (Clark, 1961, does so for normals). Sorted by what they cost w
 layer is Σ cost_i × P(i is called and none before it is). Against 1,500 layers simulated draw by
 draw the error is 1.8 % on average and under 7 % in 95 of 100; docs/log.md.
 
-**A cut** is paid where some of the layer is elsewhere, so a layer that is wholly here saves it. If
-devices may run consecutive layers of a request on their own (spans), the row hops from device to
-device: half a round trip each, and the chain that is cheapest is found layer by layer.
+**A cut** is paid where some of the layer is elsewhere, so a layer that is wholly here saves it.
+Consecutive whole layers of another device may be run there in one go (coeld.deployment.chains).
 
 **A token** is the sum over layers, plus attention (trunk and KV cache at kernel speed) and head.
 """
@@ -130,9 +129,12 @@ class CostModel:
         devices: Sequence[Device],
         links: Links,
         free_calls: bool = False,
+        spans: bool = True,
     ) -> None:
-        """`free_calls`: reaching another device costs nothing, to see what calls cost."""
+        """`free_calls`: reaching another device costs nothing, to see what calls cost; `spans`:
+        devices serve whole layers in one go where that is cheaper."""
         self.demand = demand
+        self.spans = spans
         self.devices = tuple(devices)
         self.sites: tuple[Site, ...] = tuple(
             (d, t) for d, device in enumerate(devices) for t in range(len(device.tiers))
@@ -220,6 +222,14 @@ class CostModel:
             before = after
         return total // PPM
 
+    def whole_ns(self, site: int) -> int:
+        """One row through all of a layer's lots at one site, without reaching it."""
+        return self.tiers[site].lot_ns(self.demand.used * self.demand.lot_bytes)
+
+    def reached(self, asker: int, site: int) -> int:
+        """`reach_ns`, looked up."""
+        return self._reach[asker][site]
+
     def branch_ns(self, asker: int, site: int, share: Share) -> int:
         """What one branch alone is expected to cost if it is called."""
         ((_, busy, *_),) = self._branches({site: share})
@@ -251,36 +261,12 @@ class CostModel:
         return self.devices[device].tiers[0].lot_ns(self.demand.head_bytes)
 
     def token_us(
-        self,
-        asker: int,
-        layers: Sequence[Mapping[int, Share]],
-        context_tokens: int = 0,
-        spans: bool = False,
+        self, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
     ) -> int:
-        """Time per decoded token at `asker`; with `spans`, along the cheapest chain of devices."""
-        count = len(self.devices)
-        attention = [self.attention_ns(d, context_tokens) for d in range(count)]
-        head = self.head_ns(asker)
-        if not spans:
-            total = sum(attention[asker] + self.layer_ns(asker, shares) for shares in layers)
-            return (total + head) // 1000
-        best = [0 if d == asker else _NEVER for d in range(count)]
-        for shares in layers:
-            run = [attention[d] + self.layer_ns(d, shares) for d in range(count)]
-            best = [
-                run[d] + min(best[e] + self.hop_ns(e, d) for e in range(count))
-                for d in range(count)
-            ]
-        return (head + min(best[d] + self.hop_ns(d, asker) for d in range(count))) // 1000
-
-    def hop_ns(self, source: int, target: int) -> int:
-        """A row moves on to the device that runs the next span: half a round trip."""
-        if source == target:
-            return 0
-        link = self.links(self.devices[source].node, self.devices[target].node)
-        payload = self.demand.hidden * ROW_VALUE_BYTES * 1000 // max(1, link.mb_per_s)
-        device = self.devices[target]
-        return (link.rtt_us // 2 + device.queue_us + device.call_us + CUT_US) * 1000 + payload
+        """Time per decoded token at `asker`, if every layer's attention runs there."""
+        attention = self.attention_ns(asker, context_tokens)
+        total = sum(attention + self.layer_ns(asker, shares) for shares in layers)
+        return (total + self.head_ns(asker)) // 1000
 
     def prefill_us(self, asker: int, layers: Sequence[Mapping[int, Share]], rows: int) -> int:
         """Time until a prompt of `rows` tokens has gone through, in chunks of CHUNK_ROWS.
@@ -321,9 +307,6 @@ class CostModel:
 def kv_cache_bytes(demand: ModelDemand, context_tokens: int, requests: int) -> int:
     """Memory of a decoder beside trunk and lots, for so many requests of so many tokens."""
     return demand.kv_bytes_per_token * context_tokens * requests
-
-
-_NEVER: Final = 1 << 62
 
 
 def _spread(costs: Sequence[int], branches: Sequence[Branch]) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from coeld.deployment.auction import Offer, Task
 from coeld.ids import Lot, NodeId
+from coeld.messages import Record
 
 PATIENCE = 10
 """Longest wait for rest before moves, in units of that rest."""
@@ -43,3 +44,13 @@ def owners(leading: Mapping[Task, Offer]) -> dict[Lot, NodeId]:
 def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:
     """Lots that nobody can take: everybody who is there is full."""
     return [lot for lot in lots if (lot, 0) not in leading]
+
+
+def serving(records: Iterable[Record], winners: Mapping[Lot, NodeId]) -> dict[Lot, NodeId]:
+    """Of those who serve a lot, the one who counts: the auction's winner, or the first."""
+    served: dict[Lot, NodeId] = {}
+    for record in sorted(records, key=lambda record: record.origin, reverse=True):
+        for lot in record.serving:
+            if lot not in served or served[lot] != winners.get(lot):
+                served[lot] = record.origin
+    return served

@@ -6,9 +6,10 @@ placement from the same gossiped facts and bids highest for its own part of it (
 pricing): the proposal is advice, the auction is law. Where views differ for a moment, a device is
 missing or a lot does not load, the law still gives every lot one owner.
 
-Whole layers are placed first, dearest device last and equal ones by rendezvous hash, as long as
-the whole layers of all devices cover the model: a layer that is together gives the bits of one
-device. If they do not, or if the swarm prefers speed, layers are placed in parts by search.
+While the whole layers of all devices cover the model they are placed in blocks of consecutive
+layers (coeld.deployment.blocks), served as spans or with cuts, whichever is cheaper. A layer that
+is together gives the bits of one device, so layers are placed in parts, by search, only if that is
+predicted to gain more than predictions may err (PARTS_GAIN_PERCENT), or if whole ones do not fit.
 
 What is served now is priced as well, completed where there are holes. Moving costs time, so whether
 the fresh placement is worth it is decided elsewhere (coeld.update.worth).
@@ -20,6 +21,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from coeld.deployment.blocks import block_ns, blocks, completed
+from coeld.deployment.chains import placement_ns
 from coeld.deployment.cost import CostModel, Device, Link, Share
 from coeld.deployment.naming import named
 from coeld.deployment.search import Search
@@ -28,6 +31,8 @@ from coeld.view import ModelDemand
 
 SITES_MAX: Final = 16
 """Devices (and tiers) that are considered for layers in parts, the cheapest first."""
+PARTS_GAIN_PERCENT: Final = 15
+"""What layers in parts must gain over whole ones: predictions are no better than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +45,18 @@ class Facts:
     links: tuple[tuple[Link, ...], ...]
     """From each device (row) to each other."""
     split: bool = False
-    """Place layers in parts where that is faster, also when whole layers would fit."""
+    """Place layers in parts without asking whether whole ones would do as well."""
+    spans: bool = True
+    """Devices serve runs of whole layers in one go where that is cheaper. Without, layers are
+    placed in parts only where whole ones do not fit."""
 
     def model(self) -> CostModel:
         index = {device.node: i for i, device in enumerate(self.devices)}
-        return CostModel(self.demand, self.devices, lambda a, b: self.links[index[a]][index[b]])
+
+        def link(a: NodeId, b: NodeId) -> Link:
+            return self.links[index[a]][index[b]]
+
+        return CostModel(self.demand, self.devices, link, spans=self.spans)
 
 
 class Proposal(NamedTuple):
@@ -70,75 +82,61 @@ class Deliberation:
         self._rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in self._model.tiers]
         whole = [room // demand.experts for room in self._rooms]
         self.whole = sum(whole) >= demand.layers and not facts.split
-        """Whole layers cover the model, and nobody asked to split them."""
+        """Layers are whole, and parts of some are worth nothing. Certain once all is thought."""
         self._placed: dict[Lot, int] | None = None
         self._search: Search | None = None
         self._slices: Iterator[None] = iter(())
         if self.whole:
-            self._placed = self._by_layer(whole)
-        elif sum(self._rooms) >= demand.layers * demand.experts:
-            self._search = Search(self._model, self._narrowed())
-            self._slices = self._search.run()
+            self._placed = self._in_blocks(whole)
+        fits = sum(self._rooms) >= demand.layers * demand.experts
+        if fits and not (self.whole and (not facts.spans or self._cheap())):
+            self._search, self._slices = _searched(facts).again()
 
     def advance(self) -> bool:
         """A few milliseconds of work; True when there is nothing more to find."""
-        return next(self._slices, self) is self
+        if next(self._slices, self) is not self:
+            return False
+        self._compare()
+        return True
 
     def fresh(self, served: Mapping[Lot, NodeId]) -> Proposal | None:
         """The best placement, as close to what is `served` by whom as its equals can be.
 
         None: the model does not fit, or no placement was found; then bids alone decide.
         """
-        if self._search is not None and self._search.found is not None:
+        if not self.whole and self._search is not None and self._search.found is not None:
             return self._proposal(named(self._search, self._sites_of(served)))
         return self._proposal(self._placed) if self._placed is not None else None
 
     def kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> Proposal | None:
         """What is `served`, with the owners of `fresh`, or whoever has room, where nobody does.
 
-        While layers are whole, one that is not served whole counts as not served. None where it
-        does not fit.
+        While layers are whole, one that is not served whole counts as not served, unless most are
+        in parts: then the swarm lives with that, and a change has to pay. None: it does not fit.
         """
         placed = self._kept(served, fresh)
         return self._proposal(placed) if placed is not None else None
 
     # ---- whole layers ----------------------------------------------------------------------
 
-    def _whole_price(self, site: int) -> int:
-        demand = self.facts.demand
-        shares = [self._model.share(Lot(0, expert)) for expert in range(demand.experts)]
-        whole = Share(sum(s.uses for s in shares), sum(s.bytes_used for s in shares))
-        return self._model.swarm_layer_ns({site: whole})
+    def _in_blocks(self, whole: list[int]) -> dict[Lot, int]:
+        order = [(tie(self._node(site), 0), site) for site in range(len(whole))]
+        placed = blocks(self._model, whole, order)
+        return {lot: placed[lot.layer] for lot in self.facts.demand.lots()}
 
-    def _by_layer(self, whole: list[int]) -> dict[Lot, int]:
-        """Each layer to the cheapest site with room, by hash among sites that cost the same."""
-        demand, left = self.facts.demand, list(whole)
-        alike: dict[int, list[int]] = {}
-        for site in range(len(whole)):
-            alike.setdefault(self._whole_price(site), []).append(site)
-        placed: dict[int, int] = {}
-        for _, sites in sorted(alike.items()):
-            offers = sorted(
-                (-tie(self._node(site), layer), site, layer)
-                for site in sites
-                for layer in range(demand.layers)
-                if layer not in placed
-            )
-            for _, site, layer in offers:
-                if layer not in placed and left[site] > 0:
-                    placed[layer] = site
-                    left[site] -= 1
-        return {lot: placed[lot.layer] for lot in demand.lots()}
+    def _cheap(self) -> bool:
+        """No placement in parts could gain enough over whole layers: none need be looked for."""
+        enough = parts_at_least_ns(self._model) * (100 + PARTS_GAIN_PERCENT)
+        return self._price(self._placed) * 100 <= enough
 
-    # ---- layers in parts -------------------------------------------------------------------
-
-    def _narrowed(self) -> list[int]:
-        """The rooms, of the cheapest SITES_MAX sites only if those are enough."""
-        demand = self.facts.demand
-        ranked = sorted(range(len(self._rooms)), key=lambda s: (self._whole_price(s), s))
-        few = set(ranked[:SITES_MAX])
-        rooms = [room if s in few else 0 for s, room in enumerate(self._rooms)]
-        return rooms if sum(rooms) >= demand.layers * demand.experts else self._rooms
+    def _compare(self) -> None:
+        """Layers in parts replace whole ones only if they gain clearly."""
+        if not self.whole or self._search is None or self._search.found is None:
+            return
+        search, self._search = self._search, None
+        parts = self._price(named(search, {}))
+        if self._price(self._placed) * 100 > parts * (100 + PARTS_GAIN_PERCENT):
+            self.whole, self._search = False, search
 
     # ---- what is served --------------------------------------------------------------------
 
@@ -148,42 +146,139 @@ class Deliberation:
 
     def _kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> dict[Lot, int] | None:
         """The site of every lot, or None: it does not fit."""
-        demand = self.facts.demand
-        layers = [demand.lots_of(layer) for layer in range(demand.layers)]
-        parts = layers if self.whole else [[lot] for lots in layers for lot in lots]
-        size = demand.experts if self.whole else 1
-        left, placed = [room // size for room in self._rooms], {}
-        sites = self._sites_of(served)
-        holes = []
-        for part in parts:
-            found = {sites.get(lot) for lot in part}
-            site = found.pop()
-            if found or site is None:
-                holes.append(part)
-                continue
+        sites, wanted = self._sites_of(served), self._sites_of(fresh.owners)
+        if self.whole and not self._in_parts(sites):
+            return self._kept_whole(sites, wanted)
+        lots = self.facts.demand.lots()
+        left, placed = list(self._rooms), {lot: sites[lot] for lot in lots if lot in sites}
+        for site in placed.values():
             left[site] -= 1
-            placed.update(dict.fromkeys(part, site))
         if min(left) < 0:
             return None
-        wanted = self._sites_of(fresh.owners)
-        cheapest = sorted(range(len(left)), key=lambda site: (self._whole_price(site), site))
-        for part in holes:
-            free = [site for site in (wanted[part[0]], *cheapest) if left[site] > 0]
-            if not free:
-                return None
-            left[free[0]] -= 1
-            placed.update(dict.fromkeys(part, free[0]))
+        cheapest = sorted(range(len(left)), key=lambda s: (block_ns(self._model, s, 1), s))
+        for lot in lots:
+            if lot not in placed:
+                free = [site for site in (wanted[lot], *cheapest) if left[site] > 0]
+                if not free:
+                    return None
+                left[free[0]] -= 1
+                placed[lot] = free[0]
         return placed
+
+    def _kept_whole(
+        self, sites: Mapping[Lot, int], wanted: Mapping[Lot, int]
+    ) -> dict[Lot, int] | None:
+        demand = self.facts.demand
+        left = [room // demand.experts for room in self._rooms]
+        there: list[int | None] = []
+        for layer in range(demand.layers):
+            found = {sites.get(lot) for lot in demand.lots_of(layer)}
+            there.append(found.pop() if len(found) == 1 else None)
+        for site in there:
+            if site is not None:
+                left[site] -= 1
+        if min(left) < 0:
+            return None
+        first = [wanted[Lot(layer, 0)] for layer in range(demand.layers)]
+        placed = completed(self._model, there, left, first)
+        return {lot: placed[lot.layer] for lot in demand.lots()} if placed is not None else None
+
+    def _in_parts(self, sites: Mapping[Lot, int]) -> bool:
+        """Does the swarm live with layers in parts: is everything served, and most of it torn?"""
+        demand, torn = self.facts.demand, 0
+        for layer in range(demand.layers):
+            found = {sites.get(lot) for lot in demand.lots_of(layer)}
+            if None in found:
+                return False
+            torn += len(found) > 1
+        return 2 * torn > demand.layers
 
     # ---- both ------------------------------------------------------------------------------
 
     def _node(self, site: int) -> NodeId:
         return self.facts.devices[self._model.sites[site][0]].node
 
+    def _price(self, placed: Mapping[Lot, int] | None) -> int:
+        assert placed is not None
+        return placement_ns(self._model, shares_of(self._model, placed))
+
     def _proposal(self, placed: Mapping[Lot, int]) -> Proposal:
-        layers = sum(map(self._model.swarm_layer_ns, shares_of(self._model, placed)))
         owners = {lot: self._node(site) for lot, site in placed.items()}
-        return Proposal(owners, layers + self._model.swarm_trunk_ns())
+        return Proposal(owners, self._price(placed))
+
+
+class _Searched:
+    """One search for all who know the same facts: whoever comes later repeats its slices."""
+
+    def __init__(self, facts: Facts) -> None:
+        model, demand = facts.model(), facts.demand
+        rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in model.tiers]
+        self._search = Search(model, _narrowed(model, rooms))
+        self._run = self._search.run()
+        self._done = 0
+
+    def again(self) -> tuple[Search, Iterator[None]]:
+        """The search, and what has to be run through until its result may be read."""
+        return self._search, self._slices()
+
+    def _slices(self) -> Iterator[None]:
+        slices = 0
+        while slices < self._done or next(self._run, self) is not self:
+            slices += 1
+            self._done = max(self._done, slices)
+            yield
+
+
+_searched = lru_cache(maxsize=16)(_Searched)
+
+
+def _narrowed(model: CostModel, rooms: list[int]) -> list[int]:
+    """The rooms, of the cheapest SITES_MAX sites only if those are enough."""
+    ranked = sorted(range(len(rooms)), key=lambda s: (block_ns(model, s, 1), s))
+    few = set(ranked[:SITES_MAX])
+    narrow = [room if s in few else 0 for s, room in enumerate(rooms)]
+    return narrow if sum(narrow) >= model.demand.layers * model.demand.experts else rooms
+
+
+def parts_at_least_ns(model: CostModel) -> int:
+    """No placement of layers in parts costs less, summed over askers by weight.
+
+    Spread over all devices so that it costs `asker` alone least, a layer is done everywhere at one
+    time, no earlier than `best`. For the others the slowest part is a call away, and it is no
+    shorter than if all speeds were one (`pooled`); only the asker that holds it may do better. A
+    layer may be whole after all, which saves nobody the computing.
+    """
+    demand, devices = model.demand, model.devices
+    bytes_used = demand.used * demand.lot_bytes
+    pooled = bytes_used * 1000 // max(1, sum(tier.mb_per_s for tier in model.tiers))
+    fastest = max((tier.mb_per_s for tier in model.tiers), default=1)
+    attention = min(map(model.attention_ns, range(len(devices))), default=0)
+    layer = best = whole = head = 0
+    for asker in model.askers:
+        weight = devices[asker].weight
+        away = [model.reached(asker, s) for s, (home, _) in enumerate(model.sites) if home != asker]
+        called = min(away, default=0) + pooled
+        layer += weight * called
+        best = max(best, weight * (called - _alone_ns(model, asker, bytes_used)))
+        whole += weight * (bytes_used * 1000 // max(1, fastest) + attention)
+        layer += weight * model.attention_ns(asker)
+        head += weight * model.head_ns(asker)
+    return demand.layers * min(layer - max(0, best), whole) + head
+
+
+def _alone_ns(model: CostModel, asker: int, bytes_used: int) -> int:
+    """One layer, spread over all devices without a remainder so that `asker` waits least."""
+    ready = sorted(
+        (0 if home == asker else model.reached(asker, site), model.tiers[site].mb_per_s)
+        for site, (home, _) in enumerate(model.sites)
+    )
+    done, speed, offset = 1 << 62, 0, 0
+    for reach, mb_per_s in ready:
+        if reach < done:
+            speed += mb_per_s
+            offset += reach * mb_per_s
+            done = (bytes_used * 1000 + offset) // max(1, speed)
+    return done
 
 
 def shares_of(model: CostModel, placed: Mapping[Lot, int]) -> list[dict[int, Share]]:

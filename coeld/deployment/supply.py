@@ -25,12 +25,16 @@ SPARING: Final = 16
 """How much slower a device on a low battery counts: it takes what nobody else can."""
 
 
-def facts_of(demand: ModelDemand, records: Iterable[Record], split: bool = False) -> Facts:
+def facts_of(demand: ModelDemand, records: Iterable[Record], spans: bool = True) -> Facts:
     """The facts behind a proposal, from the records of the devices that have the model open."""
-    chosen = considered(demand, records)
-    devices = [_device(record, demand) for record in sorted(chosen, key=lambda r: r.origin)]
+    return facts_among(demand, considered(demand, records), spans)
+
+
+def facts_among(demand: ModelDemand, records: Iterable[Record], spans: bool = True) -> Facts:
+    """The facts about exactly these devices."""
+    devices = [_device(record, demand) for record in sorted(records, key=lambda r: r.origin)]
     links = tuple((LAN,) * len(devices) for _ in devices)
-    return Facts(demand, tuple(devices), links, split)
+    return Facts(demand, tuple(devices), links, spans=spans)
 
 
 def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:

@@ -68,6 +68,7 @@ def supply(record: Record) -> tuple[object, ...]:
         record.incarnation,
         record.model,
         record.serving,
+        record.spans,
         record.data_host,
         record.data_port,
         record.mqtt_host,

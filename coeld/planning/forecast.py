@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from coeld.deployment import chains
 from coeld.deployment.cost import CostModel, Device, Share, Tier, kv_cache_bytes
 from coeld.deployment.proposal import Deliberation, Facts, is_whole, shares_of
 from coeld.ids import Lot, NodeId
@@ -128,7 +129,7 @@ def forecast(
         is_whole(found.owners),
         asker,
         times[asker],
-        model.token_us(asker, layers, prompt_tokens, spans=True),
+        chains.token_us(model, asker, layers, prompt_tokens),
         model.prefill_us(asker, layers, prompt_tokens),
         tuple(_parts(model, asker, layers, prompt_tokens)),
         _slowest(model, asker, layers, machines),

@@ -1,7 +1,7 @@
 """What must hold in every simulated swarm, stated without looking into the nodes' reasoning.
 
-`watch` checks safety at every effect: budgets, and that routes name only devices which really
-loaded the lot. `at_rest` checks liveness after faults have ended: all route tables equal,
+`watch` checks safety at every effect: budgets, and that routes and legs name only devices which
+really loaded the lots. `at_rest` checks liveness after faults have ended: all route tables equal,
 everything covered if it fits, and if it does not the right number of missing bytes.
 `same_knowledge` compares what everybody knows with the truth, `no_storm` what is said at rest with
 what has to be said.
@@ -9,6 +9,7 @@ what has to be said.
 
 from coeld.effects import Effect, LoadLots, SwapRoutes
 from coeld.ids import Lot, NodeId
+from coeld.routes import Leg, RouteTable
 from coeld.sim.world import Device, World
 
 STALE_S = 32.0
@@ -39,6 +40,36 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
                 assert there or stale_s < STALE_S, f"a route names {owner}, which has no {lot}"
                 if owner == device.id:
                     assert lot in device.serving, "own route to a lot that is not in memory"
+        _safe_ways(world, device, effect.table)
+
+
+def _safe_ways(world: World, device: Device, table: RouteTable) -> None:
+    """Legs lead through all layers, and elsewhere only to devices that serve them whole."""
+    demand = world.demand
+    for legs in (table.legs, table.spans):
+        for node, first, stop in legs:
+            other = world.devices[node]
+            for lot in (lot for layer in range(first, stop) for lot in demand.lots_of(layer)):
+                stale_s = world.now - other.left_memory.get(lot, float("-inf"))
+                there = lot in other.serving or lot in other.draining or node == device.id
+                assert there or stale_s < STALE_S, f"a leg leads to {node}, which has no {lot}"
+    if table.legs:
+        edges = [0, *(leg.stop for leg in table.legs)]
+        assert [leg.first for leg in table.legs] == edges[:-1], "a way with gaps"
+        assert edges[-1] == demand.layers, "a way that ends too early"
+        for leg in table.legs:
+            assert leg.node == device.id or _spanned(table, leg), f"nobody serves {leg} as a span"
+
+
+def _spanned(table: RouteTable, leg: Leg) -> bool:
+    """Does a leg begin with one span of its device and end with one, without a gap?"""
+    at = leg.first
+    while at < leg.stop:
+        stops = [span.stop for span in table.spans if span[:2] == (leg.node, at)]
+        if not stops:
+            return False
+        at = stops[0]
+    return at == leg.stop
 
 
 def same_knowledge(world: World) -> None:
@@ -97,12 +128,13 @@ def at_rest(world: World) -> None:
             table.epoch,
             table.missing_bytes,
             tuple(sorted((lot, tuple(sorted(nodes))) for lot, nodes in table.owners.items())),
+            table.spans,
         )
         for table in tables
         if table is not None
     }
     assert len(views) == 1, f"{len(views)} different route tables at rest"
-    _, missing_bytes, owners = views.pop()
+    _, missing_bytes, owners, _ = views.pop()
     truth: dict[Lot, list[NodeId]] = {}
     for device in devices:
         for lot in device.serving:

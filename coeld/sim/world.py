@@ -70,7 +70,8 @@ class Spec:
     """One device: what it has and how fast it reads its disk."""
 
     budget_bytes: int
-    kernel_mb_per_s: int = 4000
+    kernel_mb_per_s: int = 16_000
+    """Fast enough for whole layers to be best: what is placed in parts is searched for longer."""
     disk_mb_per_s: int = 200
     engine: bool = True
     """False: a member of the swarm that runs no model."""

@@ -87,6 +87,11 @@ class Migration:
     def loading(self) -> tuple[Lot, ...]:
         return tuple(sorted(self._in(LotState.LOADING)))
 
+    @property
+    def held(self) -> int:
+        """Lots whose bytes are in memory, or will be in a moment."""
+        return len(self._states)
+
     def keeps(self, lot: Lot) -> bool:
         """Is the lot in memory to stay, or about to be?"""
         return self._states.get(lot) in (LotState.LOADING, LotState.SERVING)

@@ -6,17 +6,22 @@ devices; the *set* of owners may not, once news has spread. Its fingerprint is g
 epoch, and a device that reaches content which another already announced under a later epoch
 takes that epoch over, else it goes one beyond every epoch it knows. So epochs only grow on each
 device, and equal content ends under one number without anybody being in charge.
+
+Spans are announced by those who serve them and belong to that content. The way that this device's
+own requests take (legs) does not; nor does it when this device stops to answer single calls for a
+layer in its own spans, which its own table tells by naming it (coeld.update.spanning).
 """
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from coeld.ids import Lot, NodeId
 from coeld.messages import COUNTER_MAX, Record
-from coeld.routes import OWNERS_PER_LOT_MAX, RouteTable
+from coeld.routes import OWNERS_PER_LOT_MAX, Leg, RouteTable
 from coeld.view import ModelDemand
 
 FINGERPRINT_CHARS = 16
@@ -43,19 +48,37 @@ class Switchover:
         suspects: Collection[NodeId],
         winners: Mapping[Lot, NodeId],
         missing_bytes: int,
+        closed: Sequence[tuple[int, int]] = (),
+        find_legs: Callable[[Sequence[Leg]], tuple[Leg, ...]] = lambda _: (),
     ) -> RouteTable | None:
         """The new table if it differs from the one in use, by content or epoch.
 
         `records` are those of all present devices; `winners` the owners the auction chose. Every
-        device with the model gets an address, owner or not: it may call as a decoder.
+        device with the model gets an address, owner or not: it may call as a decoder. `closed` are
+        own spans that may be one graph; `find_legs` finds the way through given spans.
         """
         serving = [record for record in records if record.model == demand.model]
         addresses = {record.origin: (record.data_host, record.data_port) for record in serving}
         owners = self._owners(demand, serving, suspects, winners)
-        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes)
+        spans = _spans(demand, serving)
+        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes, spans)
         epoch = self._agree(fingerprint, serving)
         self.fingerprint = fingerprint
-        return self._swap(RouteTable(demand.model, epoch, owners, addresses, missing_bytes))
+        mine = [Leg(self.me, *span) for span in closed]
+        known = sorted([*mine, *(span for span in spans if span.node != self.me)])
+        legs = find_legs(spans)
+        return self._swap(
+            RouteTable(demand.model, epoch, owners, addresses, missing_bytes, legs, tuple(known))
+        )
+
+    def agreed(self, records: Sequence[Record]) -> bool:
+        """Do all devices with the model announce a table with the content of this one?"""
+        table = self.table
+        return table is not None and all(
+            r.fingerprint == self.fingerprint
+            for r in records
+            if r.model == table.model and r.origin != self.me
+        )
 
     def agree(self, demand: ModelDemand, records: Sequence[Record]) -> RouteTable | None:
         """The cheaper question when only the epochs of others changed: the table with theirs."""
@@ -100,11 +123,27 @@ class Switchover:
         return min(COUNTER_MAX, 1 + max([self.epoch, *(record.epoch for record in records)]))
 
 
+def _spans(demand: ModelDemand, records: Sequence[Record]) -> list[Leg]:
+    """Announced spans of layers that exist, as far as their devices serve them whole."""
+    found = []
+    for record in records:
+        if record.spans:
+            served = Counter(lot.layer for lot in record.serving if lot.expert < demand.experts)
+            whole = {layer for layer, lots in served.items() if lots == demand.experts}
+            found += [
+                Leg(record.origin, *span)
+                for span in record.spans
+                if span[1] <= demand.layers and whole.issuperset(range(*span))
+            ]
+    return sorted(found)
+
+
 def _fingerprint(
     demand: ModelDemand,
     owners: Mapping[Lot, tuple[NodeId, ...]],
     addresses: Mapping[NodeId, tuple[str, int]],
     missing_bytes: int,
+    spans: Sequence[Leg],
 ) -> str:
     """16 hex digits over what must be the same everywhere: sets of owners, without their order."""
     content = [
@@ -112,6 +151,7 @@ def _fingerprint(
         [[*lot, *sorted(nodes)] for lot, nodes in sorted(owners.items())],
         sorted(addresses.items()),
         missing_bytes,
+        spans,
     ]
     text = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_CHARS]

@@ -16,10 +16,14 @@ from coeld.view import Resources
 SMALL = replace(MODEL, layers=12)
 
 
+FAST = 16_000
+"""MB/s with which a layer takes less time than a call: whole layers are best."""
+
+
 def swarm(
     seed: int, rooms: list[int], speeds: list[int] | None = None, config: NodeConfig | None = None
 ) -> World:
-    speeds = speeds or [4000] * len(rooms)
+    speeds = speeds or [FAST] * len(rooms)
     specs = [
         Spec(MODEL.trunk_bytes + room * MODEL.lot_bytes, speed)
         for room, speed in zip(rooms, speeds, strict=True)
@@ -78,7 +82,7 @@ def test_an_hour_of_noise_moves_nothing() -> None:
     for _ in range(360):
         for device in world.up():
             noise = [rng.uniform(0.9, 1.1) for _ in range(3)]
-            budget, load, speed = device.spec.budget_bytes, 50, 4000
+            budget, load, speed = device.spec.budget_bytes, 50, FAST
             sample = Resources(
                 min(budget, int(budget * noise[0])),
                 10**9,
@@ -91,7 +95,7 @@ def test_an_hour_of_noise_moves_nothing() -> None:
 
 
 def test_a_device_that_joins_ten_times_slower_takes_nothing_that_answers_wait_for() -> None:
-    world = swarm(4, [49, 49, 97], [4000, 4000, 400])
+    world = swarm(4, [49, 49, 97], [FAST, FAST, FAST // 10])
     slow = world.device(2)
     world.run(8)
     owned = {lot for device in world.up() if device is not slow for lot in device.serving}
@@ -137,11 +141,13 @@ def test_every_change_leads_to_a_plan_that_all_agree_on(change: str) -> None:
         case "join":
             world.start(late)
         case "slow":
-            world.feed(device, ResourcesSampled(Resources(device.spec.budget_bytes, 1, 5, 700)))
+            world.feed(
+                device, ResourcesSampled(Resources(device.spec.budget_bytes, 1, 5, FAST // 10))
+            )
         case "squeeze":
             budget = MODEL.trunk_bytes + 20 * MODEL.lot_bytes
             device.spec = replace(device.spec, budget_bytes=budget)
-            world.feed(device, ResourcesSampled(Resources(budget, 1, 5, 4000)))
+            world.feed(device, ResourcesSampled(Resources(budget, 1, 5, FAST)))
     world.run(12)
     checkers.at_rest(world)
     assert torn(world) == []
@@ -155,10 +161,10 @@ def test_a_device_on_a_low_battery_gives_away_what_others_can_hold_and_takes_the
     world = swarm(5, [60, 60, 60])
     world.run(8)
     tired = max(world.up(), key=lambda device: len(device.serving))
-    charged = Resources(tired.spec.budget_bytes, 10**9, 5, 4000)
+    charged = Resources(tired.spec.budget_bytes, 10**9, 5, FAST)
     world.feed(tired, ResourcesSampled(replace(charged, sparing=True)))
     world.run_until(lambda: not tired.serving, 30)
-    world.run(2)
+    world.run(8)
     checkers.at_rest(world)
     world.crash(next(device for device in world.up() if device is not tired))
     world.run_until(lambda: checkers.covered(world), 30)  # now nobody else has the room
@@ -166,3 +172,56 @@ def test_a_device_on_a_low_battery_gives_away_what_others_can_hold_and_takes_the
     world.feed(tired, ResourcesSampled(charged))
     world.run(8)
     checkers.at_rest(world)
+
+
+def test_once_quiet_all_know_the_same_spans_and_every_device_has_a_way_through_them() -> None:
+    """Each device serves its block whole; legs lead through all layers (checked at every table)."""
+    world = swarm(6, [33, 33, 33, 33])
+    world.run(12)
+    checkers.at_rest(world)
+    table = world.device(0).table
+    assert table is not None
+    spanned = {layer for span in table.spans for layer in range(span.first, span.stop)}
+    assert spanned == set(range(SMALL.layers))
+    for device in world.up():
+        assert device.table is not None
+        assert any(span.node == device.id for span in device.table.spans), "closed: all know it"
+        assert len(device.table.legs) <= len(world.up()) + 1, "few hops"
+        assert any(leg.node != device.id for leg in device.table.legs)
+
+
+def test_slow_devices_on_a_fast_network_share_each_layer() -> None:
+    world = swarm(7, [49, 49, 49, 49], [700] * 4)
+    world.run(12)
+    checkers.at_rest(world)
+    owners: dict[int, set[str]] = {}
+    for device in world.up():
+        assert device.node is not None
+        for claim in device.node.perception.me.claims:
+            if claim.copy == 0:
+                owners.setdefault(claim.lot.layer, set()).add(device.id)
+    assert sum(len(found) > 1 for found in owners.values()) > SMALL.layers // 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_device_that_dies_is_in_nobodys_way_any_more(seed: int) -> None:
+    world = swarm(seed, [49, 49, 49, 49])
+    world.run(10)
+    lost = world.device(1)
+    world.crash(lost)
+    world.run(10)
+    checkers.at_rest(world)
+    for device in world.up():
+        assert device.table is not None
+        assert all(leg.node != lost.id for leg in (*device.table.legs, *device.table.spans))
+
+
+def test_without_spans_layers_are_whole_and_nobody_announces_any() -> None:
+    specs = [Spec(MODEL.trunk_bytes + 49 * MODEL.lot_bytes, 700) for _ in range(4)]
+    world = World(7, specs, SMALL, NodeConfig(spans=False))
+    checkers.watch(world)
+    world.start_all()
+    world.run(12)
+    checkers.at_rest(world)
+    assert torn(world) == []
+    assert all(not d.table.legs and not d.table.spans for d in world.up() if d.table is not None)

@@ -67,9 +67,8 @@ def test_two_devices_of_three_that_are_too_small_say_what_is_missing_and_recover
 def test_who_is_about_to_leave_is_replaced_before_it_goes(seed: int) -> None:
     world = swarm(seed, [130, 130, 130])
     world.run(6)
-    leaver = max(world.up(), key=lambda device: len(device.serving))
+    leaver = next(device for device in world.up() if device.node.still_needed())
     assert leaver.node is not None
-    assert leaver.node.still_needed()
     tired = replace(leaver.node.told.resources, sparing=True)
     world.feed(leaver, ResourcesSampled(tired))
     assert world.run_until(lambda: not leaver.node.still_needed(), 20) <= 3.0
@@ -145,7 +144,7 @@ def test_noise_in_measurements_moves_nothing() -> None:
     for _ in range(100):
         for device in world.up():
             noise = rng.uniform(0.9, 1.1)
-            load, speed = int(50 * noise), int(4000 * noise)
+            load, speed = int(50 * noise), int(16_000 * noise)
             sample = Resources(device.spec.budget_bytes, 10**9, load, speed)
             world.feed(device, ResourcesSampled(sample))
         world.run(0.2)

@@ -5,6 +5,7 @@ from statistics import mean, quantiles
 
 import pytest
 
+from coeld.deployment import chains
 from coeld.deployment.cost import LAN, PPM, CostModel, Device, Link, Share, Tier
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.view import ModelDemand
@@ -118,15 +119,6 @@ def test_whoever_holds_what_is_used_most_saves_the_asker_most() -> None:
     assert hot_here < hot_there
 
 
-def test_a_chain_of_spans_saves_the_cuts_of_consecutive_layers() -> None:
-    model = CostModel(demand(layers=12), devices(4000, 4000), lambda a, b: Link(4000, 30))
-    halves = [shares(model, [layer // 6] * 8) for layer in range(12)]
-    cut, chained = (model.token_us(0, halves, spans=spans) for spans in (False, True))
-    assert cut - chained > 4 * 4000, "six round trips against one"
-    alternating = [shares(model, [layer % 2] * 8) for layer in range(12)]
-    assert model.token_us(0, alternating, spans=True) <= model.token_us(0, alternating)
-
-
 def test_a_long_context_is_read_with_every_token() -> None:
     model = CostModel(
         ModelDemand(MODEL, "m", 4, 8, 1000, 0, kv_bytes_per_token=100_000), devices(4000), lan
@@ -152,8 +144,8 @@ def test_a_faster_device_or_link_never_makes_a_token_slower(seed: int) -> None:
     base = CostModel(demand(), devices(*speeds), lambda a, b: Link(rtt, 30))
     better = CostModel(demand(), devices(*[2 * s for s in speeds]), lambda a, b: Link(rtt // 2, 60))
     layers = [shares(base, row) for row in owners]
-    for spans in (False, True):
-        assert better.token_us(0, layers, spans=spans) <= base.token_us(0, layers, spans=spans)
+    assert better.token_us(0, layers) <= base.token_us(0, layers)
+    assert chains.token_us(better, 0, layers) <= chains.token_us(base, 0, layers)
 
 
 def test_shares_add_up_to_what_a_token_uses() -> None:

@@ -1,7 +1,10 @@
 """Epochs that agree, tables that name only who serves, the near first and suspects last."""
 
+from dataclasses import replace
+
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Record
+from coeld.routes import Leg
 from coeld.update.switchover import Switchover
 from coeld.view import ModelDemand
 
@@ -76,3 +79,44 @@ def test_equal_content_takes_over_the_later_epoch() -> None:
     assert table is not None
     assert table.epoch == 10
     assert one.agree(DEMAND, [record(B, epoch=10, fingerprint=two.fingerprint)]) is None
+
+
+def test_spans_of_others_count_as_announced_and_own_ones_as_closed() -> None:
+    """What is announced is the same for all; when single calls end here is this device's own."""
+    near, far = Switchover(A), Switchover(B)
+    lots = [Lot(layer, expert) for layer in range(2) for expert in range(2)]
+    spanned = replace(record(A, *lots), spans=((0, 2),))
+    records = [spanned, record(B)]
+    mine, theirs = (s.update(DEMAND, records, set(), {}, 0) for s in (near, far))
+    assert mine is not None
+    assert theirs is not None
+    assert (mine.spans, theirs.spans) == ((), (Leg(A, 0, 2),))
+    assert near.fingerprint == far.fingerprint
+    assert not near.agreed(records)
+    told = replace(record(B), epoch=far.epoch, fingerprint=far.fingerprint)
+    assert near.agreed([spanned, told])
+    closed = near.update(DEMAND, [spanned, told], set(), {}, 0, [(0, 2)])
+    assert closed is not None
+    assert closed.spans == (Leg(A, 0, 2),)
+    assert closed.epoch == mine.epoch, "whether they are closed is nobody else's business"
+
+
+def test_a_span_of_layers_that_are_not_all_served_is_not_believed() -> None:
+    switch = Switchover(B)
+    lying = replace(record(A, Lot(0, 0), Lot(0, 1), Lot(1, 0)), spans=((0, 1), (1, 2)))
+    table = switch.update(DEMAND, [lying, record(B)], set(), {}, 0)
+    assert table is not None
+    assert table.spans == (Leg(A, 0, 1),)
+
+
+def test_own_legs_change_the_table_and_neither_epoch_nor_fingerprint() -> None:
+    switch = Switchover(B)
+    lots = [Lot(layer, expert) for layer in range(2) for expert in range(2)]
+    records = [replace(record(A, *lots), spans=((0, 2),)), record(B)]
+    switch.update(DEMAND, records, set(), {}, 0)
+    epoch, fingerprint = switch.epoch, switch.fingerprint
+    legs = (Leg(A, 0, 2),)
+    table = switch.update(DEMAND, records, set(), {}, 0, (), lambda spans: legs)
+    assert table is not None
+    assert table.legs == legs
+    assert (table.epoch, switch.fingerprint) == (epoch, fingerprint)

@@ -1,0 +1,242 @@
+"""Spans and legs: which whole layers are served in one go, and which way a request takes. Pure.
+
+A device that holds consecutive layers whole may serve them to others expert by expert (every layer
+is a call, attention stays with the asker) or as a *span*: one call runs them all, attention and
+KV cache included, and the layers may be one graph there. A run of n layers at device d costs
+
+    cut    n × (attention at the asker + experts at d + reach)
+    span   n × (attention at d + experts at d) + reach
+
+where `reach` is round trip + queue + calls + payload, and at home the graph calls of layers that
+must stay callable. So every run can be decided for itself and by its own device. What travels
+always returns to the asker: a way through k devices is k round trips.
+
+A *way* leads through all layers: each is run here, or in a span of a device that serves it so.
+It is a shortest path from layer to layer.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+from coeld.deployment.cost import CostModel, Share, kv_cache_bytes
+from coeld.view import ModelDemand
+
+CACHE_TOKENS: Final = 2048
+"""Context of the requests whose KV cache a device makes room for: one of every asker."""
+SPAN_GAIN_PERCENT: Final = 5
+"""What a change between cuts and spans, or from one way to another, must gain."""
+
+
+class Run(NamedTuple):
+    """Layers first..stop-1, whole, at one site (device and tier) of the cost model."""
+
+    site: int
+    first: int
+    stop: int
+
+    @property
+    def layers(self) -> int:
+        return self.stop - self.first
+
+
+def runs(sites: Iterable[tuple[int, int]]) -> list[Run]:
+    """Maximal runs of (layer, site) pairs; layers ascending."""
+    found: list[Run] = []
+    for layer, site in sites:
+        if found and found[-1].site == site and found[-1].stop == layer:
+            found[-1] = Run(site, found[-1].first, layer + 1)
+        else:
+            found.append(Run(site, layer, layer + 1))
+    return found
+
+
+def span_ns(model: CostModel, asker: int, site: int, layers: int, context_tokens: int = 0) -> int:
+    device = model.sites[site][0]
+    reach = 0 if device == asker else model.reached(asker, site)
+    return layers * (model.attention_ns(device, context_tokens) + model.whole_ns(site)) + reach
+
+
+def cut_ns(model: CostModel, asker: int, site: int, layers: int, context_tokens: int = 0) -> int:
+    attention = model.attention_ns(asker, context_tokens)
+    return layers * (attention + model.whole_ns(site) + model.reached(asker, site))
+
+
+def swarm_span_ns(model: CostModel, site: int, layers: int) -> int:
+    """Summed over all devices that ask, by weight."""
+    return sum(model.devices[a].weight * span_ns(model, a, site, layers) for a in model.askers)
+
+
+def swarm_cut_ns(model: CostModel, site: int, layers: int) -> int:
+    return sum(model.devices[a].weight * cut_ns(model, a, site, layers) for a in model.askers)
+
+
+def swarm_run_ns(model: CostModel, site: int, layers: int) -> int:
+    """A run in its cheaper form."""
+    if not model.spans:
+        return swarm_cut_ns(model, site, layers)
+    return min(swarm_span_ns(model, site, layers), swarm_cut_ns(model, site, layers))
+
+
+def placement_ns(model: CostModel, layers: Sequence[Mapping[int, Share]]) -> int:
+    """What a token costs, summed over askers by weight: runs of whole layers in the form that is
+    cheaper for all, layers in parts as cuts, and the head."""
+    whole, torn = _parted(layers)
+    total = sum(swarm_run_ns(model, run.site, run.layers) for run in whole)
+    total += sum(model.swarm_layer_ns(shares) for shares in torn)
+    for a in model.askers:
+        alone = len(torn) * model.attention_ns(a) + model.head_ns(a)
+        total += model.devices[a].weight * alone
+    return total
+
+
+def token_us(
+    model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
+) -> int:
+    """The same for one asker alone."""
+    whole, torn = _parted(layers)
+    forms = (span_ns, cut_ns) if model.spans else (cut_ns,)
+    total = sum(
+        min(price(model, asker, run.site, run.layers, context_tokens) for price in forms)
+        for run in whole
+    )
+    attention = model.attention_ns(asker, context_tokens)
+    total += sum(attention + model.layer_ns(asker, shares) for shares in torn)
+    return (total + model.head_ns(asker)) // 1000
+
+
+def _parted(
+    layers: Sequence[Mapping[int, Share]],
+) -> tuple[list[Run], list[Mapping[int, Share]]]:
+    """Runs of whole layers, and the layers in parts."""
+    whole = [(layer, next(iter(shares))) for layer, shares in enumerate(layers) if len(shares) == 1]
+    return runs(whole), [shares for shares in layers if len(shares) != 1]
+
+
+# ---- what a device serves as spans ---------------------------------------------------------------
+
+
+def spans_worth(
+    model: CostModel, device: int, whole: Collection[int], now: Collection[int]
+) -> set[int]:
+    """Of the layers that `device` holds `whole`, those that it should serve as spans.
+
+    `now` are those that it does serve so: a run changes its form only if that gains 5 %.
+    """
+    found: set[int] = set()
+    if not model.spans:
+        return found
+    site = model.sites.index((device, 0))
+    for run in runs((layer, site) for layer in sorted(whole)):
+        span, cut = swarm_span_ns(model, site, run.layers), swarm_cut_ns(model, site, run.layers)
+        layers = range(run.first, run.stop)
+        present = 2 * sum(layer in now for layer in layers) > run.layers
+        gain, before = (span - cut, span) if present else (cut - span, cut)
+        if present != (gain * 100 > before * SPAN_GAIN_PERCENT):
+            found.update(layers)
+    return found
+
+
+def cache_bytes(demand: ModelDemand, layers: int, askers: int) -> int:
+    """KV cache of `layers` served as spans to so many askers, beyond the cache of one decoder.
+
+    That one is not part of the budget: a device always needs it for what it is asked itself.
+    """
+    one = kv_cache_bytes(demand, CACHE_TOKENS, 1)
+    return max(0, one * layers * askers // max(1, demand.layers) - one)
+
+
+def spans_that_fit(
+    demand: ModelDemand, wanted: Collection[int], askers: int, free_bytes: int
+) -> set[int]:
+    """As many of the wanted layers, the first ones, as their KV caches have room for."""
+    ranked = sorted(wanted)
+    while ranked and cache_bytes(demand, len(ranked), askers) > free_bytes:
+        ranked.pop()
+    return set(ranked)
+
+
+# ---- the way of a request ------------------------------------------------------------------------
+
+
+class Way:
+    """The ways of one asker: `spans` that devices serve (site: the device), layers that are `here`
+    whole. A span is run from its first layer to its last, or several on end.
+
+    Devices to `avoid` are taken where there is no other. A layer that is not here may be run here
+    with cuts, cheaply if nobody serves it as a span and as the last resort otherwise.
+    """
+
+    def __init__(
+        self,
+        model: CostModel,
+        asker: int,
+        here: Collection[int],
+        spans: Iterable[Run],
+        avoid: Collection[int] = (),
+    ) -> None:
+        self._model, self._asker, self._here = model, asker, here
+        self._avoid = avoid
+        self._steps: dict[int, list[Run]] = {}
+        self._spanned: set[int] = set()
+        for span in sorted(set(spans)):
+            if span.site != asker:
+                self._steps.setdefault(span.first, []).append(span)
+                self._spanned.update(range(span.first, span.stop))
+
+    def cheapest(self, before: Sequence[Run] = ()) -> list[Run]:
+        """Legs through all layers. `before` is the way so far: it is kept while it is possible and
+        no other gains 5 %, because the KV caches of requests lie along it."""
+        best: list[dict[int, tuple[int, tuple[Run, ...]]]]
+        best = [{} for _ in range(self._model.demand.layers + 1)]
+        best[0][self._asker] = (0, ())
+        for layer, ends in enumerate(best[:-1]):
+            for step in (Run(self._asker, layer, layer + 1), *self._steps.get(layer, ())):
+                costs = [
+                    (cost + self._hop(last, step) + self._busy(step), (*path, step))
+                    for last, (cost, path) in ends.items()
+                ]
+                found = best[step.stop]
+                found[step.site] = min([*costs, found.get(step.site, (_NEVER, ()))])
+        cost, path = min(best[-1].values())
+        kept = self._price(before)
+        if kept is not None and kept * (100 - SPAN_GAIN_PERCENT) <= cost * 100:
+            return list(before)
+        return runs((layer, step.site) for step in path for layer in range(step.first, step.stop))
+
+    def _hop(self, last: int, step: Run) -> int:
+        if step.site in (last, self._asker):
+            return 0
+        return self._model.reached(self._asker, self._model.sites.index((step.site, 0)))
+
+    def _busy(self, step: Run) -> int:
+        model, device = self._model, step.site
+        one = model.attention_ns(device) + model.whole_ns(model.sites.index((device, 0)))
+        if device != self._asker:
+            return step.layers * one + (_AVOIDED if device in self._avoid else 0)
+        if step.first in self._here:
+            return one
+        return _NOT_HERE if step.first in self._spanned else model.attention_ns(device)
+
+    def _price(self, legs: Sequence[Run]) -> int | None:
+        """What a way costs, None if it does not lead through all layers (any more)."""
+        total, at, last = 0, 0, self._asker
+        for leg in legs:
+            if leg.first != at:
+                return None
+            while at < leg.stop:
+                step = Run(self._asker, at, at + 1)
+                if leg.site != self._asker:
+                    found = [s for s in self._steps.get(at, ()) if s.site == leg.site]
+                    if not found:
+                        return None
+                    step = found[0]
+                total += self._hop(last, step) + self._busy(step)
+                at, last = step.stop, step.site
+            if at != leg.stop:
+                return None
+        return total if at == self._model.demand.layers else None
+
+
+_AVOIDED: Final = 10**12
+_NOT_HERE: Final = 10**15
+_NEVER: Final = 1 << 62
