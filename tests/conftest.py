@@ -15,20 +15,6 @@ from tests.reference.tiny_gguf import write_tiny_llama
 REAL_MODEL = "smollm2-135m-instruct"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In parallel runs: what starts real daemons or networks runs in one worker, first, for these
-    tests share ports, mDNS and both cores; other files go where there is room."""
-
-    def is_alone(item: pytest.Item) -> bool:
-        marked = any(item.get_closest_marker(name) for name in ("swarm", "broker"))
-        return marked or "netlab" in item.path.parts
-
-    items.sort(key=is_alone, reverse=True)
-    for item in items:
-        group = "swarm" if is_alone(item) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_pool() -> None:
     """ONNX Runtime wants to know before its first session in this process."""
