@@ -154,6 +154,8 @@ from pathlib import Path
 from coeld.model.store import Store
 from tests.harness.importing import import_file
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
 def stop_at_layer_3(done, total, what):
     if what == "layer 3":
         print(what, flush=True)
