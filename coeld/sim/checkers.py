@@ -46,6 +46,8 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
 def _safe_ways(world: World, device: Device, table: RouteTable) -> None:
     """Legs lead through all layers, and elsewhere only to devices that serve them whole."""
     demand = world.demand
+    if table.model != demand.model:
+        return  # of the model before, whose shape is not kept
     for legs in (table.legs, table.spans):
         for node, first, stop in legs:
             other = world.devices[node]

@@ -51,7 +51,7 @@ def test_the_bytes_that_a_change_of_speed_moves_are_paid_back_within_the_horizon
 
     world.watchers.append(watch)
     device = rng.choice(world.up())
-    speed = rng.choice([1100, 1500, 2000, 2800, 3600, 4400, 9000])
+    speed = rng.choice([4400, 6000, 8000, 11200, 14400, 17600, 36000])
     world.feed(device, ResourcesSampled(Resources(device.spec.budget_bytes, 1, 5, speed)))
     kept = price_ns(world)
     world.run(10)
