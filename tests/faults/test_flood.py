@@ -21,7 +21,7 @@ import pytest
 from demo import Device
 
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, PAYLOAD_BYTES_MAX, Kind
+from coeld.datapath.frames import HEADER, PAYLOAD_BYTES_MAX, VERSION, Kind
 from coeld.model.store import Store
 from tests.faults.test_swarm import answer, poll, swarm
 
@@ -51,8 +51,9 @@ def broken_frames(rng: Random, node: dict[str, Any], hidden: int) -> Iterator[by
             case 0:
                 yield rng.randbytes(rng.choice((1, 24, 28, 1000)))
             case 1:  # a call that announces more than is allowed
+                size = PAYLOAD_BYTES_MAX + 1
                 yield HEADER.pack(
-                    b"CoEL", 1, Kind.EXPERTS, 1, 0, 7, 3, 8, 1 << 20, hidden, PAYLOAD_BYTES_MAX + 1
+                    b"CoEL", VERSION, Kind.EXPERTS, 1, 0, 7, 3, 8, 1 << 20, hidden, size, 0.0
                 )
             case 2:  # a right call for a random part of the model, some bytes of it flipped
                 layer = rng.randrange(node["model"]["layers"] + 2)
