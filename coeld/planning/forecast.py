@@ -108,7 +108,7 @@ def forecast(
         for index, (m, room) in enumerate(zip(machines, fits, strict=True))
     )
     links = tuple(tuple(link_between(a, b) for b in machines) for a in machines)
-    facts = Facts(demand, devices, links, split)
+    facts = Facts(demand, devices, links, split, spans=False)  # what swarm.spans is by default
     missing = lacking(demand, machines, context_tokens)
     thinking = Deliberation(facts)
     while not thinking.advance():
@@ -129,7 +129,7 @@ def forecast(
         is_whole(found.owners),
         asker,
         times[asker],
-        chains.token_us(model, asker, layers, prompt_tokens),
+        chains.token_us(replace(facts, spans=True).model(), asker, layers, prompt_tokens),
         model.prefill_us(asker, layers, prompt_tokens),
         tuple(_parts(model, asker, layers, prompt_tokens)),
         _slowest(model, asker, layers, machines),

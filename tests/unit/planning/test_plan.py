@@ -165,13 +165,11 @@ def test_wifi_is_slower_and_the_plan_says_what_cables_would_bring() -> None:
 def test_splitting_pays_where_computing_is_slow_and_links_are_fast() -> None:
     demand = shape("Qwen3-30B-A3B").demand(4, 4)
     machines = [replace(m, budget_bytes=6_500_000_000) for m in read_fleet("4xraspberry-pi-5")]
-    found, wireless = (
-        forecast(demand, [replace(m, link=link) for m in machines], 128, 2048, False)
-        for link in ("ethernet", "wifi")
-    )
-    assert not found.whole
-    assert wireless.whole
-    assert 6 < found.tokens_per_s < 13.04, "attention is not split"
+    whole, parts = (forecast(demand, machines, 128, 2048, split) for split in (False, True))
+    assert whole.whole
+    assert not parts.whole
+    assert parts.token_us < 0.85 * whole.token_us
+    assert 4 < whole.tokens_per_s < parts.tokens_per_s < 13.04, "attention is not split"
 
 
 def test_the_running_swarm_is_planned_with_what_its_devices_told() -> None:
