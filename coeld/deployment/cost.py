@@ -235,14 +235,6 @@ class CostModel:
         ((_, busy, *_),) = self._branches({site: share})
         return busy + self._reach[asker][site]
 
-    def swarm_trunk_ns(self) -> int:
-        """Attention and head of a token, weighted over all devices that are asked."""
-        layers = self.demand.layers
-        return sum(
-            self.devices[d].weight * (layers * self.attention_ns(d) + self.head_ns(d))
-            for d in self.askers
-        )
-
     # ---- one token -------------------------------------------------------------------------
 
     @property

@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from coeld.deployment.chains import placement_ns
 from coeld.deployment.proposal import shares_of
 from coeld.deployment.supply import facts_of
 from coeld.effects import Effect, LoadLots
@@ -35,7 +36,7 @@ def price_ns(world: World) -> int:
     index = {device.node: i for i, device in enumerate(facts.devices)}
     placed = {lot: index[record.origin] for record in records for lot in record.serving}
     assert len(placed) == len(world.demand.lots())
-    return sum(map(model.swarm_layer_ns, shares_of(model, placed))) + model.swarm_trunk_ns()
+    return placement_ns(model, shares_of(model, placed))
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from coeld.deployment.chains import placement_ns
-from coeld.deployment.cost import Device, Link, Tier
+from coeld.deployment.cost import CostModel, Device, Link, Tier
 from coeld.deployment.naming import assign
 from coeld.deployment.proposal import (
     Deliberation,
@@ -57,6 +57,15 @@ def fresh(known: Facts) -> Proposal | None:
     return thinking.fresh({})
 
 
+def trunk_ns(model: CostModel) -> int:
+    """Attention and head of a token where every layer is cut, over all who ask by weight."""
+    layers = model.demand.layers
+    return sum(
+        model.devices[d].weight * (layers * model.attention_ns(d) + model.head_ns(d))
+        for d in model.askers
+    )
+
+
 def exhaustive_ns(known: Facts) -> int:
     """The least price of all placements, by trying every one."""
     model, lots = known.model(), known.demand.lots()
@@ -66,7 +75,7 @@ def exhaustive_ns(known: Facts) -> int:
         if all(sites.count(site) <= room for site, room in enumerate(rooms)):
             placed = dict(zip(lots, sites, strict=True))
             least = min(least, sum(map(model.swarm_layer_ns, shares_of(model, placed))))
-    return least + model.swarm_trunk_ns()
+    return least + trunk_ns(model)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -129,7 +138,7 @@ def test_no_placement_in_parts_costs_less_than_its_lower_bound(seed: int) -> Non
     index = {device.node: i for i, device in enumerate(known.devices)}
     model = known.model()
     layers = shares_of(model, {lot: index[node] for lot, node in found.owners.items()})
-    price = sum(map(model.swarm_layer_ns, layers)) + model.swarm_trunk_ns()
+    price = sum(map(model.swarm_layer_ns, layers)) + trunk_ns(model)
     assert parts_at_least_ns(model) <= price, f"seed={seed}"
 
 

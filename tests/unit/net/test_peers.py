@@ -18,21 +18,6 @@ from coeld.net.peers import PeerPool, PeerServer
 from tests.harness.peer_ends import CALLER, HIDDEN, SERVER, X, ask, introduction, run
 
 
-@pytest.fixture
-def server():
-    made = PeerServer("127.0.0.1", 0)
-    made.serve(introduction(SERVER), HIDDEN, run)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def pool():
-    made = PeerPool(introduction(CALLER), 1.0)
-    yield made
-    made.close()
-
-
 def raw(server: PeerServer) -> socket.socket:
     return socket.create_connection((server.host, server.port), timeout=5)
 
