@@ -3,6 +3,7 @@
 Every event carries everything the node needs: no handles, no clocks.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coeld.ids import Lot, NodeId
@@ -83,6 +84,18 @@ class LotsDropped:
     lots: tuple[Lot, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What this device itself was asked for since the engine last told."""
+
+    requests: int
+    prompt_tokens: int
+    tokens: int
+    """Generated."""
+    experts: Mapping[int, tuple[int, ...]]
+    """By layer, where the engine sees it: how many rows used each expert."""
+
+
 Event = (
     Tick
     | MessageReceived
@@ -95,4 +108,5 @@ Event = (
     | LotsLoaded
     | LoadFailed
     | LotsDropped
+    | Used
 )

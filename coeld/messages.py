@@ -18,6 +18,7 @@ from enum import IntEnum
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from coeld.asked import NOTHING, Asked, asked_from_json, asked_to_json
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
@@ -100,6 +101,8 @@ class Record:
     """0: unknown. See coeld.view.Resources."""
     sparing: bool = False
     """It runs on a low battery: it takes what nobody else can."""
+    asked: Asked = NOTHING
+    """How much it is asked for itself, and what that uses."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -284,6 +287,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["rows"] = record.row_mb_per_s
     if record.sparing:
         value["sparing"] = 1
+    if record.asked != NOTHING:
+        value["asked"] = asked_to_json(record.asked)
     if record.blob_port:
         value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
@@ -326,6 +331,7 @@ def _record(value: Any) -> Record:
         kernel_mb_per_s=_int(value.get("speed"), "speed", COUNTER_MAX),
         row_mb_per_s=_int(value.get("rows", 0), "rows", COUNTER_MAX),
         sparing=bool(_int(value.get("sparing", 0), "sparing", 1)),
+        asked=asked_from_json(value["asked"]) if "asked" in value else NOTHING,
         model=model,
         data_host=data[0],
         data_port=data[1],

@@ -6,7 +6,6 @@ table. (Compression works in the data path.) The same code runs in the daemon an
 simulator: the same events at the same times with the same Random give the same effects.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import partial
 from random import Random
@@ -16,7 +15,7 @@ from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, serving, unclaimed
 from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
-from coeld.deployment.supply import considered, facts_of
+from coeld.deployment.supply import considered, facts_of, trunk_complaint
 from coeld.deployment.ways import Ways, roomy, whole_layers
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
@@ -32,15 +31,18 @@ from coeld.events import (
     NeighbourLost,
     ResourcesSampled,
     Tick,
+    Used,
 )
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Claim, Record
 from coeld.node_config import NodeConfig
 from coeld.node_status import describe
+from coeld.perception.asking import Asking
+from coeld.perception.gossip import holders
 from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
 from coeld.routes import RouteTable
-from coeld.update.disk import Wanted
+from coeld.update.disk import Wanted, wanted
 from coeld.update.migration import LotState, Migration, Move, Plan, Wish
 from coeld.update.spanning import Spanning
 from coeld.update.switchover import Switchover
@@ -58,6 +60,7 @@ class Node:
         self.config = config
         self.perception = Perception(node_id, incarnation, config, rng)
         self.told = Told()
+        self.asking = Asking()
         self.migration = Migration(config.load_batch_bytes)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
@@ -76,6 +79,8 @@ class Node:
         self._considered: object = None
         """What was served and held when bids were last worked out; None: work them out."""
         self._wanted: Mapping[Lot, NodeId] = {}
+        self._before: Mapping[Lot, NodeId] = {}
+        """What was served when that became the wish."""
         self._bids: dict[Lot, int] = {}
         self._room = 0
         self._whole = True
@@ -110,6 +115,8 @@ class Node:
         if now >= self._due > float("-inf"):
             self.perception.membership.woke(now - self._due, now)
         self._absorb(event, now)
+        if isinstance(event, Used) or now >= self.asking.due:
+            self._tell_asked(now)
         if isinstance(event, MessageReceived) and self._unmoved(now):
             return []
         self.perception.tick(now)
@@ -137,26 +144,12 @@ class Node:
 
     def holders(self) -> list[tuple[ModelHash, str, int]]:
         """Which model the other devices have, and where each serves its blobs."""
-        return [
-            (record.model, record.blob_host, record.blob_port)
-            for record in self.perception.present()
-            if record.origin != self.node_id and record.model is not None and record.blob_port
-        ]
+        return holders(r for r in self.perception.present() if r.origin != self.node_id)
 
     def wanted_on_disk(self) -> Wanted:
-        """Which lots this device's disk is needed for, and on how many other disks they are.
-
-        Devices at one address may share a store: their needs count as ours, their copies do not.
-        """
-        others: Counter[Lot] = Counter()
+        """Which lots this device's disk is needed for, and on how many other disks they are."""
         ours = [*self.migration.serving, *self.migration.loading]
-        suspects = self.perception.suspects()
-        for record in self._market():
-            if record.blob_host == self.config.blob_host:
-                ours += [*record.serving, *(claim.lot for claim in record.claims)]
-            elif record.origin not in suspects:
-                others.update(record.serving)
-        return Wanted(frozenset(ours), others)
+        return wanted(ours, self._market(), self.perception.suspects(), self.config.blob_host)
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
@@ -173,7 +166,8 @@ class Node:
     def _next_due(self) -> float:
         bid_at = self._bid_at if self._bid_wanted else float("inf")
         timers = [at for at in (*self._rests(), self.spanning.due) if at > self._planned_at]
-        return min(self.perception.due, bid_at, self.migration.retry_at(self._planned_at), *timers)
+        retry_at = self.migration.retry_at(self._planned_at)
+        return min(self.perception.due, bid_at, retry_at, self.asking.due, *timers)
 
     def _versions(self) -> tuple[int, int, int]:
         return self.perception.market, self.perception.supply, self.perception.marks
@@ -216,6 +210,8 @@ class Node:
                 self._moved(Move.DROPPED, lots, LotState.DRAINING)
             case LoadFailed(lots, why):
                 self._load_failed(lots, why, now)
+            case Used():
+                self.asking.count(event, now)
 
     def _bid(self, now: float) -> None:
         """Deployment: claim the best lots that nobody else bids more for."""
@@ -240,7 +236,8 @@ class Node:
     def _deliberate(self, demand: ModelDemand, now: float) -> bool:
         """Think a little about where everything should be; True when bids follow from it.
 
-        While what is served is as wanted, the wish stays: more of it is being carried out.
+        While lots are where they were or where they are wanted, the wish stays: it is being carried
+        out, and what is left of its gain may be less than a new wish would have to have.
         """
         records = self._market()
         facts = facts_of(demand, records, self.config.spans)
@@ -258,7 +255,11 @@ class Node:
         if self._considered != (served, held):
             fresh = self._considered is None
             self._considered = (served, held)
-            if fresh or any(self._wanted.get(lot) != node for lot, node in served.items()):
+            if fresh or any(
+                node not in (self._wanted.get(lot), self._before.get(lot))
+                for lot, node in served.items()
+            ):
+                self._before = served
                 wanted = self._wanted = self._owners_wanted(served, demand.lot_bytes)
                 self._whole = not wanted or is_whole(wanted)
             model = facts.model()
@@ -396,9 +397,14 @@ class Node:
         self._joined_at = now + self.config.join_ms / 1000
         self._bid_wanted = True
         self._missing_bytes = 0
-        self._check_budget()
+        complaint = trunk_complaint(event.demand, self.perception.me.memory_budget_bytes)
+        self._out += [Report(complaint)] if complaint else []
+        model = event.demand.model if event.demand else None
+        if self.asking.model != model:
+            self.asking = Asking(model)
         self.perception.tell(
-            model=event.demand.model if event.demand else None,
+            model=model,
+            asked=self.asking.told,
             data_host=event.data_host,
             data_port=event.data_port,
             claims=(),
@@ -421,17 +427,10 @@ class Node:
             sparing=resources.sparing,
         )
 
-    def _check_budget(self) -> None:
-        """Say so when not even the trunk fits; it is loaded all the same, to answer with."""
-        budget, demand = self.perception.me.memory_budget_bytes, self.demand
-        if demand is not None and budget < demand.trunk_bytes:
-            self._out.append(
-                Report(
-                    f"the memory budget of {budget} bytes is smaller than what {demand.name} needs"
-                    f" on every device that answers ({demand.trunk_bytes} bytes, held anyway): this"
-                    " device takes no experts. Raise memory.budget_mb"
-                )
-            )
+    def _tell_asked(self, now: float) -> None:
+        asked = self.asking.news(not self._whole, now)
+        if asked is not None:
+            self.perception.tell(urgent=False, asked=asked)
 
     def _moved(self, move: Move, lots: tuple[Lot, ...], before: LotState) -> None:
         known = [lot for lot in lots if self.migration.state(lot) is before]

@@ -56,11 +56,17 @@ def _member(
         "kernel_mb_per_s": known.kernel_mb_per_s,
         "row_mb_per_s": known.row_mb_per_s,
         "sparing": known.sparing,
+        "asked_per_min": _asked(known) if here else None,
         "cpu_load_percent": known.cpu_load_percent,
         "serving": len(known.serving) if here else 0,
         "claimed": len(known.claims) if here else 0,
         "engine": here and known.data_port > 0,
     }
+
+
+def _asked(record: Record) -> dict[str, float]:
+    """What it told of how much it is asked for, in steps of a factor of two."""
+    return {name: round(rate / 60, 2) for name, rate in record.asked.rates._asdict().items()}
 
 
 def _model(demand: ModelDemand | None) -> dict[str, Any] | None:

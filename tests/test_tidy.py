@@ -16,7 +16,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "coeld"
 
 STAGES = ("perception", "deployment", "compression", "update")
-VOCABULARY = ("ids", "errors", "routes", "view", "events", "effects", "messages", "lot_sets")
+VOCABULARY = (
+    "ids",
+    "errors",
+    "routes",
+    "view",
+    "events",
+    "effects",
+    "messages",
+    "lot_sets",
+    "asked",
+)
 CORE = (*VOCABULARY, "node", "node_config", "node_status")
 PURE = (*CORE, *STAGES, "sim")
 IMPURE_MODULES = {

@@ -19,6 +19,7 @@ from coeld.datapath.legs import run_leg
 from coeld.datapath.ports import Cache, Lane, Rows
 from coeld.datapath.request import LegLost, Request
 from coeld.datapath.split import Split
+from coeld.datapath.uses import Uses
 from coeld.datapath.ways import Way, way_of
 from coeld.errors import CacheLost, PeerError, PeerRefused
 from coeld.ids import NodeId
@@ -38,6 +39,8 @@ class Decoder:
         layers: int,
         new_cache: Callable[[Iterable[int]], Cache],
     ) -> None:
+        self.uses = Uses(layers, dispatcher.experts)
+        """Of the experts, by all requests."""
         self._lane = lane
         self._dispatcher = dispatcher
         self._layers = layers
@@ -85,7 +88,7 @@ class Decoder:
     ) -> Rows:
         lane, dispatcher = self._lane, self._dispatcher
         try:
-            return run_leg(lane, dispatcher, cache, x, leg.first, leg.stop, rows, errand)
+            return run_leg(lane, dispatcher, cache, x, leg.first, leg.stop, rows, errand, self.uses)
         except PeerRefused as exc:
             raise LegLost(str(exc)) from exc
 

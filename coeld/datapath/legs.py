@@ -19,6 +19,7 @@ from coeld.datapath.plan import Cut, Span
 from coeld.datapath.ports import Cache, Gates, Lane, Rows, Waiter
 from coeld.datapath.quality import Quality
 from coeld.datapath.split import Split
+from coeld.datapath.uses import Uses
 from coeld.errors import CacheLost, NotCovered, PeerRefused
 
 CACHES_PER_CALLER_MAX: Final = 64
@@ -34,12 +35,13 @@ def run_leg(
     stop: int,
     rows: Sequence[int],
     waiter: Waiter,
+    uses: Uses | None = None,
 ) -> Rows:
     """Layers first..stop-1 on x (n, H), which follows what the cache holds: the residual stream
     (n, H), or, if `rows` are named, the logits (len(rows), V) of these. The cache's length stays.
 
     Raises PeerRefused when this device's graphs do not begin and end there, NotCovered, and what
-    the waiter raises.
+    the waiter raises. `uses` counts the experts that are chosen at cuts.
     """
     with lane.part(cache, x, first, stop, rows) as part:
         out: Rows | None = None
@@ -52,6 +54,8 @@ def run_leg(
                     waiter.split.trunk_s += time.monotonic() - started_s
                 case Cut(layer):
                     assert out is not None
+                    if uses is not None and gates is not None:
+                        uses.count(layer, gates)
                     part.add(dispatcher.run(layer, out, gates, waiter))
         return part.out()
 

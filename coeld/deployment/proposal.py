@@ -141,7 +141,9 @@ class Deliberation:
     # ---- what is served --------------------------------------------------------------------
 
     def _sites_of(self, served: Mapping[Lot, NodeId]) -> dict[Lot, int]:
-        first = {self._node(site): site for site in reversed(range(len(self._rooms)))}
+        """Nothing is expected to stay where there is no room for anything."""
+        sites = [site for site, room in enumerate(self._rooms) if room]
+        first = {self._node(site): site for site in reversed(sites)}
         return {lot: first[node] for lot, node in served.items() if node in first}
 
     def _kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> dict[Lot, int] | None:

@@ -3,13 +3,16 @@
 A proposal must come out alike at all devices, so it depends on gossiped records alone. Measured
 figures in them are steps, not wobbling numbers (coeld.perception.resources). When more devices
 hold the model than are needed for it twice, the fastest are considered and the others only bid;
-so does a device that is far slower than those that suffice.
+so does a device that is far slower than those that suffice. Of the others, those that are asked for
+much count as askers: where lots should be depends on who asks.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from coeld.deployment.cost import LAN, Device, Tier
+from coeld.deployment.popularity import observed, weight
 from coeld.deployment.pricing import capacity
 from coeld.deployment.proposal import Facts, tie
 from coeld.messages import Record
@@ -27,7 +30,16 @@ SPARING: Final = 16
 
 def facts_of(demand: ModelDemand, records: Iterable[Record], spans: bool = True) -> Facts:
     """The facts behind a proposal, from the records of the devices that have the model open."""
-    return facts_among(demand, considered(demand, records), spans)
+    everybody = list(records)
+    chosen = considered(demand, everybody)
+    known = {record.origin for record in chosen}
+    rest = [(-weight(r.asked.rates), r.origin, r) for r in everybody if r.origin not in known]
+    askers = [
+        replace(record, memory_budget_bytes=0)
+        for negative, _, record in sorted(rest)[: CONSIDERED_MAX - len(chosen)]
+        if negative < -1
+    ]
+    return facts_among(observed(demand, everybody), [*chosen, *askers], spans)
 
 
 def facts_among(demand: ModelDemand, records: Iterable[Record], spans: bool = True) -> Facts:
@@ -58,10 +70,22 @@ def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
 
 def _device(record: Record, demand: ModelDemand) -> Device:
     room_bytes = capacity(record.memory_budget_bytes, demand) * demand.lot_bytes
-    return Device(record.origin, (Tier("ram", room_bytes, *_speeds(record)),))
+    tier = Tier("ram", room_bytes, *_speeds(record))
+    return Device(record.origin, (tier,), weight=weight(record.asked.rates))
 
 
 def _speeds(record: Record) -> tuple[int, int]:
     """In decode, and with many rows (0: unknown), at the price of a device's energy."""
     price = SPARING if record.sparing else 1
     return record.kernel_mb_per_s // price, record.row_mb_per_s // price
+
+
+def trunk_complaint(demand: ModelDemand | None, budget_bytes: int) -> str:
+    """What to say when not even the trunk fits; it is loaded all the same, to answer with."""
+    if demand is None or budget_bytes >= demand.trunk_bytes:
+        return ""
+    return (
+        f"the memory budget of {budget_bytes} bytes is smaller than what {demand.name} needs on"
+        f" every device that answers ({demand.trunk_bytes} bytes, held anyway): this device takes"
+        " no experts. Raise memory.budget_mb"
+    )

@@ -27,6 +27,7 @@ from coeld.engine.open_model import OpenModel
 from coeld.engine.protocol import EngineOptions, error_to_json
 from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threads
 from coeld.engine.text import Stream
+from coeld.engine.usage import Usage
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
 from coeld.ids import Lot, NodeId
 from coeld.model.store import Store
@@ -59,6 +60,8 @@ class Engine:
         """Whether the loader works; it alone says so."""
         self._turn_s = 0.0
         """What a turn takes while it does not, smoothed; the decoder's."""
+        self.usage = Usage()
+        """The decoder's."""
         self._pool: PeerPool | None = None
         self._requests: dict[str, Request] = {}
         self._decoder_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
@@ -115,10 +118,15 @@ class Engine:
     def _decode(self) -> None:
         while True:
             busy = self._model is not None and bool(self._model.scheduler.active)
+            wait_s = self.usage.wait_s()
             try:
-                job = self._decoder_jobs.get(block=not busy)
+                job = self._decoder_jobs.get(block=not busy, timeout=wait_s)
             except queue.Empty:
                 assert self._model is not None
+                if wait_s == 0:
+                    self._tell_use(self._model)
+                if not busy:
+                    continue
                 self._turn(self._model)
                 if not self._model.scheduler.active:
                     give_memory_back()
@@ -136,6 +144,9 @@ class Engine:
             time.sleep(min(max(0.0, self._turn_s * (1 + YIELD_SHARE) - took_s), YIELD_S_MAX))
         else:
             self._turn_s += (took_s - self._turn_s) * TURN_SMOOTHING
+
+    def _tell_use(self, model: OpenModel) -> None:
+        self._link.say("use", **self.usage.take(), experts=model.decoder.uses.take())
 
     def _open(self, name: str) -> None:
         options = self._options
@@ -159,6 +170,7 @@ class Engine:
             return
         if self._model is not None:
             self._model.scheduler.fail_all(NoModel("Another model is being opened: ask again."))
+            self._tell_use(self._model)
         if self._pool is not None:
             self._pool.close()
         self._model, self._pool = model, pool
@@ -201,6 +213,8 @@ class Engine:
             return
         listener.stream = model.text.stream(order["stop"])
         self._requests[ident] = request
+        self.usage.requests += 1
+        self.usage.prompt_tokens += len(tokens)
         model.scheduler.submit(request)
 
     def _ready_for_request(self) -> OpenModel:
@@ -325,6 +339,7 @@ class _Answer:
         self._ident = ident
 
     def token(self, token: int) -> bool:
+        self._engine.usage.tokens += 1
         text, stopped = self.stream.push(token)
         if text:
             self._engine.said(self._ident, text)

@@ -30,6 +30,9 @@ Engine to agent (`ev`):
                 wire: {kl_budget, kl_estimate, rows_bytes, float32_bytes} of rows to and from peers
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}
+    use         {requests, prompt_tokens, tokens, experts: {layer: [rows of each expert]}}
+                                                              asked of this device since the last
+                                                              time; layers at cuts only
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:
                  {node: {calls, failures, late, rtt_us_p50}}, steps: "…plan in one line…"}
 

@@ -35,6 +35,7 @@ from coeld.events import (
     LoadFailed,
     LotsDropped,
     LotsLoaded,
+    Used,
 )
 from coeld.host.engine_process import EngineProcess
 from coeld.ids import Lot, NodeId
@@ -305,6 +306,8 @@ class EngineLink:
                 self._emit(LoadFailed(_lots(event), str(event["why"])))
             case "call_failed":
                 self._emit(CallFailed(NodeId(str(event["node"]))))
+            case "use":
+                self._emit(_used(event))
             case "opened":
                 self._opened(event)
             case "failed":
@@ -392,3 +395,8 @@ class EngineLink:
 
 def _lots(event: dict[str, Any]) -> tuple[Lot, ...]:
     return tuple(Lot(int(layer), int(expert)) for layer, expert in event["lots"])
+
+
+def _used(event: dict[str, Any]) -> Used:
+    experts = {int(layer): tuple(map(int, rows)) for layer, rows in event["experts"].items()}
+    return Used(int(event["requests"]), int(event["prompt_tokens"]), int(event["tokens"]), experts)

@@ -8,6 +8,7 @@ reconciliation: van Renesse et al., 2008).
 
 from collections.abc import Iterable
 
+from coeld.ids import ModelHash
 from coeld.messages import ENTRIES_MAX, RECORDS_MAX, Entry, Record, Status
 from coeld.perception.fingerprint import part_of
 from coeld.perception.membership import precedence
@@ -41,6 +42,7 @@ def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
     room = 0
     for record in records:
         size = RECORD_BYTES + LOT_BYTES * (len(record.claims) + len(record.serving))
+        size += sum(map(len, record.asked.popularity)) + len(record.asked.popularity)
         if not groups or size > room or len(groups[-1]) >= RECORDS_MAX:
             groups.append([])
             room = DELTA_BYTES_MAX
@@ -59,6 +61,7 @@ def market(record: Record) -> tuple[object, ...]:
         record.kernel_mb_per_s,
         record.row_mb_per_s,
         record.sparing,
+        record.asked,
     )
 
 
@@ -79,6 +82,11 @@ def supply(record: Record) -> tuple[object, ...]:
 def marks(record: Record) -> tuple[object, ...]:
     """Which route table it uses."""
     return record.epoch, record.fingerprint
+
+
+def holders(records: Iterable[Record]) -> list[tuple[ModelHash, str, int]]:
+    """Which model each device has, and where it serves its blobs."""
+    return [(r.model, r.blob_host, r.blob_port) for r in records if r.model and r.blob_port]
 
 
 def improves(ours: Entry, theirs: Entry | None) -> bool:

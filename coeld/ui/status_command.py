@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(headline(status))
     console.print(f"this device: {this_device(status)}")
     console.print(devices(status))
+    if text := asked(status):
+        console.print(text)
     console.print(links(status))
     return 0
 
@@ -95,6 +97,20 @@ def devices(status: dict[str, Any]) -> "Table":
         )
     table.caption = "* this device   layers: 24[3-7] = experts 3 to 7 of layer 24"
     return table
+
+
+def asked(status: dict[str, Any]) -> str:
+    """Who is asked for how much, in a line for each that is; rates are told in powers of two."""
+    lines = []
+    for member in status["node"]["members"]:
+        rates = member["asked_per_min"]
+        if rates and any(rates.values()):
+            lines.append(
+                f"{member['name'] or member['node']} is asked, per minute, about"
+                f" {rates['requests']:.2g} requests with {rates['prompt_tokens']:,.0f} tokens,"
+                f" and answers {rates['tokens']:,.0f}"
+            )
+    return "\n".join(lines)
 
 
 def _memory(member: dict[str, Any], model: dict[str, Any] | None) -> str:

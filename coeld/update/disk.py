@@ -7,10 +7,12 @@ what one serves (two holders where disks allow), and among equals what this devi
 fetched last, an order of its own, so that disks too small for everything keep different parts.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coeld.ids import Lot
+from coeld.ids import Lot, NodeId
+from coeld.messages import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,20 @@ class Wanted:
     def copies(self, lots: Iterable[Lot]) -> int:
         """How often the least held of these lots is certainly on other disks."""
         return min(self.servers.get(lot, 0) for lot in lots)
+
+
+def wanted(
+    ours: Iterable[Lot], records: Iterable[Record], suspects: Collection[NodeId], host: str
+) -> Wanted:
+    """What `records` tell of lots on disks, beside `ours`. Devices at one address, `host`, may
+    share a store: their needs count as ours, their copies do not."""
+    kept, others = set(ours), Counter[Lot]()
+    for record in records:
+        if record.blob_host == host:
+            kept.update(record.serving, (claim.lot for claim in record.claims))
+        elif record.origin not in suspects:
+            others.update(record.serving)
+    return Wanted(kept, others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,10 @@ def test_three_agents_meet_through_one_seed_and_leave_cleanly(swarm: list[Device
     for device in swarm:
         status, answer = device.request("POST", "/v1/completions", {"prompt": "hello"})
         assert (status, answer["choices"][0]["text"]) == (200, "you said: hello ")
-        agent = device.status()["agent"]
+        status = device.status()
+        asked = [m for m in status["node"]["members"] if m["asked_per_min"]["requests"] > 0]
+        assert status["node"]["me"] in [member["node"] for member in asked]
+        agent = status["agent"]
         assert agent["rss_bytes"] < AGENT_RSS_BYTES_MAX
     first, *others = swarm
     children = first.children()

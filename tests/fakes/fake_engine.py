@@ -140,6 +140,7 @@ class FakeEngine:
                 "stalls": [],
                 "wire": {},
             }
+            self.say("use", requests=1, prompt_tokens=7, tokens=job.sent, experts={})
             self.say("done", id=ident, finish_reason=reason, completion_tokens=job.sent, **numbers)
             return
         job.sent += 1

@@ -1,4 +1,7 @@
-"""What a change leads to in whole swarms: moves that pay, and another model without wrong calls."""
+"""What a change leads to in whole swarms: moves that pay, and another model without wrong calls.
+
+Who asks, and what for, changes as well; noise in it does nothing.
+"""
 
 from dataclasses import replace
 from random import Random
@@ -9,33 +12,52 @@ from coeld.deployment.chains import placement_ns
 from coeld.deployment.proposal import shares_of
 from coeld.deployment.supply import facts_of
 from coeld.effects import Effect, LoadLots
-from coeld.events import ResourcesSampled
-from coeld.ids import ModelHash
+from coeld.events import ResourcesSampled, Used
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.node import NodeConfig
 from coeld.sim import checkers
 from coeld.sim.world import MODEL, Device, Spec, World
 from coeld.update.worth import HORIZON_S, MOVE_MB_PER_S
-from coeld.view import Resources
+from coeld.view import ModelDemand, Resources
 
 SMALL = replace(MODEL, layers=12)
 
 
-def swarm(seed: int, rooms: list[int], config: NodeConfig | None = None) -> World:
-    specs = [Spec(MODEL.trunk_bytes + room * MODEL.lot_bytes) for room in rooms]
-    world = World(seed, specs, SMALL, config=config)
+CALM = NodeConfig(
+    heartbeat_ms=5000, silence_ms=30_000, suspicion_ms=5000, replicas_max=1, spans=False
+)
+"""Hours pass quickly."""
+
+
+def swarm(
+    seed: int,
+    rooms: list[int],
+    config: NodeConfig | None = None,
+    model: ModelDemand = SMALL,
+    speed: int = 16_000,
+) -> World:
+    specs = [Spec(model.trunk_bytes + room * model.lot_bytes, speed) for room in rooms]
+    world = World(seed, specs, model, config=config)
     checkers.watch(world)
     world.start_all()
     return world
 
 
-def price_ns(world: World) -> int:
-    """What a token costs as lots are served now, with what devices say of themselves now."""
+def served(world: World) -> dict[Lot, NodeId]:
+    """By whom; replicas are not expected."""
+    found = {lot: device.id for device in world.up() for lot in device.serving}
+    assert len(found) == len(world.demand.lots()) == sum(len(d.serving) for d in world.up())
+    return found
+
+
+def price_ns(world: World, owners: dict[Lot, NodeId] | None = None) -> int:
+    """What a token costs with these owners, or as lots are served now, with what devices say of
+    themselves now."""
     records = [d.node.perception.me for d in world.up() if d.node is not None]
-    facts = facts_of(world.demand, records)
+    facts = facts_of(world.demand, records, world.config.spans)
     model = facts.model()
     index = {device.node: i for i, device in enumerate(facts.devices)}
-    placed = {lot: index[record.origin] for record in records for lot in record.serving}
-    assert len(placed) == len(world.demand.lots())
+    placed = {lot: index[node] for lot, node in (owners or served(world)).items()}
     return placement_ns(model, shares_of(model, placed))
 
 
@@ -76,4 +98,112 @@ def test_another_model_comes_device_by_device_and_ends_in_one_plan() -> None:
             assert set(other.table.addresses) == same, "nobody calls a device with another model"
     world.run(6)
     assert all(device.table and device.table.model != old for device in world.up())
+    checkers.at_rest(world)
+
+
+class Watch:
+    """What is loaded minute by minute, and whether that pays."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.loads = 0
+        self.loads_in_all = 0
+        world.watchers.append(self._watch)
+
+    def _watch(self, _: World, device: Device, effect: Effect) -> None:
+        if isinstance(effect, LoadLots):
+            self.loads += len(effect.lots)
+
+    def minute(self, *asked: tuple[int, Used]) -> None:
+        """Devices are asked, by their numbers, and a minute passes. What moves meanwhile has to be
+        paid back within the horizon, and all that is loaded changes hands."""
+        before = served(self.world)
+        for number, used in asked:
+            self.world.feed(self.world.device(number), used)
+        self.world.run(60)
+        if not self.loads:
+            return
+        after = served(self.world)
+        kept, fresh = price_ns(self.world, before), price_ns(self.world, after)
+        moved = self.loads * self.world.demand.lot_bytes
+        assert kept - fresh > 0
+        assert moved * kept <= (kept - fresh) * HORIZON_S * MOVE_MB_PER_S * 10**6
+        assert self.loads == sum(after[lot] != node for lot, node in before.items())
+        self.loads_in_all += self.loads
+        self.loads = 0
+
+
+def same_facts(world: World) -> None:
+    """Everybody computes the same from what it has heard."""
+    nodes = [device.node for device in world.up() if device.node is not None]
+    facts = [facts_of(world.demand, node.perception.present()) for node in nodes]
+    assert all(found == facts[0] for found in facts)
+
+
+def layers_at(world: World, number: int) -> int:
+    return len(world.device(number).serving) // world.demand.experts
+
+
+def test_layers_gather_where_the_requests_are_and_follow_when_others_ask() -> None:
+    world = swarm(3, [60, 60, 60], CALM)
+    world.run(30)
+    least = min(range(3), key=lambda number: layers_at(world, number))
+    other = (least + 1) % 3
+    watch = Watch(world)
+    for number in (least, other):
+        for _ in range(120):
+            watch.minute((number, Used(2, 200, 600, {})))
+        same_facts(world)
+        assert layers_at(world, number) == 60 // SMALL.experts, "as many as it has room for"
+        assert watch.loads_in_all <= 3 * len(SMALL.lots())
+    checkers.at_rest(world)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_bursts_and_single_requests_move_nothing(seed: int) -> None:
+    world, rng = swarm(seed, [60, 60, 60], CALM), Random(seed)
+    world.run(30)
+    watch = Watch(world)
+    for minute in range(180):  # one is asked all the time, the others now and then
+        noisy = Used(2, 200, round(600 * rng.uniform(0.9, 1.1)), {})
+        single = [(1, Used(1, 100, 300, {}))] if rng.random() < 1 / 20 else []
+        burst = [(2, Used(6, 600, 600, {}))] if minute % 60 == 30 else []
+        watch.minute((0, noisy), *single, *burst)
+        if minute == 90:
+            watch.loads_in_all = 0  # by then it is known who asks
+    assert watch.loads_in_all == 0
+    same_facts(world)
+
+
+ROUTED = replace(MODEL, layers=6, experts=16, top_k=2, hidden=576)
+
+
+def test_experts_follow_popularity_when_it_drifts_and_not_when_it_is_noise() -> None:
+    """Whole layers do not fit, so experts are placed one by one; device 0 is asked."""
+    world, rng = swarm(1, [38, 34, 30], CALM, ROUTED), Random(1)
+    world.run(30)
+    watch = Watch(world)
+
+    def hour(hot: range) -> None:
+        weights = [30 if expert in hot else 1 for expert in range(16)]
+        for _ in range(60):
+            drawn = [rng.choices(range(16), weights, k=1200) for _ in range(6)]
+            uses = {i: tuple(map(row.count, range(16))) for i, row in enumerate(drawn)}
+            watch.minute((0, Used(2, 100, 500, uses)))
+
+    def hot_at_home(hot: range) -> int:
+        return sum(lot.expert in hot for lot in world.device(0).serving)
+
+    first, second = range(3), range(8, 11)
+    for hot in (first, second):
+        hour(hot)
+        hour(hot)
+        same_facts(world)
+        assert hot_at_home(hot) >= 14, "of 18 in 6 layers"
+        moved, watch.loads_in_all = watch.loads_in_all, 0
+        assert 0 < moved <= 2 * len(ROUTED.lots())
+        hour(hot)
+        assert watch.loads_in_all == 0
+    asked = world.device(0).node.perception.me.asked
+    assert len(asked.popularity) == ROUTED.layers
     checkers.at_rest(world)

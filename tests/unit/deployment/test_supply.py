@@ -1,6 +1,8 @@
 """What the market makes of what devices say of themselves."""
 
-from coeld.deployment.supply import SPARING, facts_of
+from coeld.asked import NOTHING, Asked, Rates
+from coeld.deployment.popularity import STRANGER, WEIGHT_MAX
+from coeld.deployment.supply import SPARING, UNNEEDED, facts_of
 from coeld.ids import ModelHash, NodeId
 from coeld.messages import Record
 from coeld.view import ModelDemand
@@ -9,7 +11,9 @@ DEMAND = ModelDemand(ModelHash("5e" * 32), "m", 4, 2, 1000, 500)
 A, B = NodeId("a" * 16), NodeId("b" * 16)
 
 
-def record(node: NodeId, speed: int, rows: int = 0, sparing: bool = False) -> Record:
+def record(
+    node: NodeId, speed: int, rows: int = 0, sparing: bool = False, asked: Asked = NOTHING
+) -> Record:
     return Record(
         node,
         1,
@@ -18,6 +22,7 @@ def record(node: NodeId, speed: int, rows: int = 0, sparing: bool = False) -> Re
         kernel_mb_per_s=speed,
         row_mb_per_s=rows,
         sparing=sparing,
+        asked=asked,
     )
 
 
@@ -33,3 +38,26 @@ def test_a_device_on_a_low_battery_counts_as_slow_and_takes_what_is_left() -> No
     assert (first.node, first.tiers[0].mb_per_s) == (A, 4000 // SPARING)
     assert first.tiers[0].row_mb_per_s == 12_000 // SPARING
     assert second.tiers[0].mb_per_s == 1000
+
+
+def test_askers_weigh_as_much_as_they_ask_for_and_all_alike_while_nobody_asks() -> None:
+    idle = facts_of(DEMAND, [record(A, 4000), record(B, 4000)])
+    assert [device.weight for device in idle.devices] == [1, 1]
+    little = Asked(Rates(4, 512, STRANGER // 2))
+    assert facts_of(DEMAND, [record(A, 4000, asked=little), record(B, 4000)]) == idle
+    much = Asked(Rates(64, 8 * STRANGER, 3 * STRANGER))
+    facts = facts_of(DEMAND, [record(A, 4000, asked=much), record(B, 4000)])
+    assert [device.weight for device in facts.devices] == [5, 1]
+    absurd = Asked(Rates(64, 0, 2**40))
+    facts = facts_of(DEMAND, [record(A, 4000, asked=absurd), record(B, 4000)])
+    assert facts.devices[0].weight == WEIGHT_MAX
+
+
+def test_a_slow_device_that_is_asked_much_counts_as_asker_without_room() -> None:
+    slow = 4000 // (UNNEEDED + 1)
+    assert len(facts_of(DEMAND, [record(A, slow), record(B, 4000)]).devices) == 1
+    asked = Asked(Rates(64, 0, 3 * STRANGER))
+    first, second = facts_of(DEMAND, [record(A, slow, asked=asked), record(B, 4000)]).devices
+    assert (first.node, first.weight, first.tiers[0].memory_bytes) == (A, 4, 0)
+    assert (second.node, second.weight) == (B, 1)
+    assert second.tiers[0].memory_bytes > 0

@@ -13,7 +13,11 @@ from coeld.engine.measure import ME, NoPeers, Silent, logits_of
 from coeld.engine.open_model import OpenModel
 from coeld.errors import ContextTooLong, PeerRefused
 from coeld.ids import Lot, NodeId
+from coeld.model.manifest import Manifest
+from coeld.model.store import Store
 from coeld.routes import RouteTable
+from tests.harness.importing import import_file
+from tests.harness.tiny_checkpoints import write_folder
 from tests.reference import gguf_numpy
 
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(3, 260, 40)]
@@ -32,13 +36,17 @@ def whole(tiny, tiny_store) -> OpenModel:
 
 @pytest.fixture
 def cut(tiny, tiny_store) -> OpenModel:
-    """Everything here, but each layer's experts in a session of their own, as peers need it."""
     model = opened(tiny, tiny_store)
-    model.experts.load(tiny.demand().lots())
-    other = NodeId("b" * 16)
-    model.board.pin(RouteTable(tiny.hash, 1, {}, {other: ("127.0.0.1", 1)}))
-    model.refit()
+    cut_all(model, tiny)
     return model
+
+
+def cut_all(model: OpenModel, manifest: Manifest) -> None:
+    """Everything here, but each layer's experts in a session of their own, as peers need it."""
+    model.experts.load(manifest.demand().lots())
+    other = NodeId("b" * 16)
+    model.board.pin(RouteTable(manifest.hash, 1, {}, {other: ("127.0.0.1", 1)}))
+    model.refit()
 
 
 def close(a, b, tolerance=0.02) -> bool:
@@ -90,6 +98,26 @@ def test_a_growing_cache_keeps_what_it_holds(tiny, tiny_store) -> None:
             cache._move(min(2 * cache_before, 256))
         logits = model.decoder.forward(journey, [token], [0], request)
     assert close(logits, logits_of(model, tokens, [255]))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_experts_that_tokens_use_are_counted_at_cuts(tmp_path, whole: bool) -> None:
+    write_folder(tmp_path / "mixtral", "mixtral")
+    store = Store(tmp_path / "store")
+    routed = import_file(store, tmp_path / "mixtral", "routed")
+    model = opened(routed, store, 64)
+    if whole:
+        model.hold_everything()
+    else:
+        cut_all(model, routed)
+    request = Request("r", TOKENS[:30], 0, Silent())
+    journey = model.decoder.depart()
+    for tokens in (TOKENS[:29], TOKENS[29:30]):
+        model.decoder.forward(journey, tokens, [0], request)
+    counted = model.decoder.uses.take()
+    shape = routed.shape
+    assert sorted(counted) == ([] if whole else list(range(shape.layers)))
+    assert all(sum(rows) == 30 * shape.top_k for rows in counted.values())
 
 
 def test_two_requests_in_turn_do_not_disturb_each_other(whole) -> None:

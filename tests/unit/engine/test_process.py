@@ -38,6 +38,25 @@ def test_an_engine_measures_itself_opens_loads_and_answers(agent, tiny) -> None:
     assert stats["requests"] == 0
 
 
+def test_what_was_asked_is_told_once_with_cancelled_answers_as_far_as_they_came(
+    agent, tiny
+) -> None:
+    open_all(agent, tiny)
+    _text, done = agent.answer("one")
+    _text, more = agent.answer("two", max_tokens=5)
+    counted = {"requests": 0, "prompt_tokens": 0, "tokens": 0}
+    while counted["requests"] < 2:
+        use = agent.hear("use")
+        assert use["experts"] == {}, "a dense model has no router"
+        counted = {name: counted[name] + use[name] for name in counted}
+    assert counted["tokens"] == done["completion_tokens"] + more["completion_tokens"]
+    assert counted["prompt_tokens"] == done["prompt_tokens"] + more["prompt_tokens"]
+    agent.generate("forever", max_tokens=200)
+    agent.hear("token")
+    agent.say("cancel", id="forever")
+    assert agent.hear("use")["tokens"] >= 1
+
+
 def test_two_engines_share_a_model_and_answer_as_one(agent, tiny, tiny_store) -> None:
     open_all(agent, tiny)
     expected, _done = agent.answer("whole", max_tokens=24)

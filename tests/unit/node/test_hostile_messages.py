@@ -12,6 +12,7 @@ from random import Random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from coeld.asked import RATE_MAX, Asked, Rates
 from coeld.errors import FrameError
 from coeld.events import EngineStarted, MessageReceived, ResourcesSampled, Tick
 from coeld.ids import Lot, ModelHash, NodeId
@@ -75,6 +76,16 @@ records = st.builds(
     kernel_mb_per_s=counters,
     row_mb_per_s=counters,
     sparing=st.booleans(),
+    asked=st.builds(
+        Asked,
+        st.builds(Rates, *[st.integers(0, RATE_MAX)] * 3),
+        st.one_of(
+            st.just(()),
+            st.lists(
+                st.lists(st.integers(0, 7), min_size=4, max_size=4).map(bytes), min_size=1
+            ).map(lambda rows: (b"", *rows)),
+        ),
+    ),
     model=st.sampled_from([MODEL, ModelHash("00" * 32)]),
     claims=claims,
     serving=st.lists(lots, max_size=6, unique=True).map(lambda found: tuple(sorted(found))),

@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from coeld.asked import LEVELS, POPULARITY_CHARS_MAX, Asked, Rates
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX
@@ -46,6 +47,7 @@ RECORD = Record(
     fingerprint="0123456789abcdef",
     blob_host="192.168.1.7",
     blob_port=9001,
+    asked=Asked(Rates(64, 2048, 4096), (b"", bytes([4, 7, 0, 3, 5]), bytes([0, 1, 2, 3, 4]))),
 )
 DELTA = Delta("home", A, 3, (RECORD, Record(B, 1, 1)))
 ENTRIES = (Entry(A, 3, 7, 99, Status.SUSPECT, B), Entry(B, 1, 0, 0, Status.LEFT))
@@ -79,6 +81,15 @@ def test_the_largest_record_fits_into_a_message() -> None:
     serving = tuple(Lot(layer, expert * 2) for layer in range(8) for expert in range(512))
     record = Record(A, 1, 1, model=ModelHash("5e" * 32), claims=claims, serving=serving)
     assert decode(encode(Delta("home", A, 1, (record,)))) == Delta("home", A, 1, (record,))
+
+
+def test_how_often_the_experts_of_a_large_model_are_used_fits_into_three_kilobytes() -> None:
+    rng = Random(1)
+    rows = tuple(bytes(rng.choices(range(LEVELS), k=128)) for _ in range(48))
+    record = Record(A, 1, 1, asked=Asked(Rates(1, 2, 3), rows))
+    delta = Delta("home", A, 1, (record,))
+    assert decode(encode(delta)) == delta
+    assert len(encode(delta)) - len(encode(Delta("home", A, 1, (Record(A, 1, 1),)))) < 3200
 
 
 def change(path: list[str | int], to: object, message: Message = DELTA) -> bytes:
@@ -126,6 +137,23 @@ BAD = {
     "lots overlapping": change(["records", 0, "serving"], [[0, 0, 2], [0, 1, 1]]),
     "copy too large": change(["records", 0, "claims"], [[0, 0, 1, 8, 1]]),
     "bid too large": change(["records", 0, "claims"], [[0, 0, 1, 0, 2**63]]),
+    "asked for by nobody knows": change(["records", 0, "asked"], []),
+    "rates of two kinds": change(["records", 0, "asked", "rates"], [1, 2]),
+    "a negative rate": change(["records", 0, "asked", "rates"], [1, 2, -3]),
+    "a rate beyond all": change(["records", 0, "asked", "rates"], [1, 2, 2**60]),
+    "a rate that is true": change(["records", 0, "asked", "rates"], [1, 2, True]),
+    "uses of no experts": change(["records", 0, "asked", "uses"], [0, "aa"]),
+    "uses of too many experts": change(["records", 0, "asked", "uses"], [9999, "a" * 5000]),
+    "uses without a text": change(["records", 0, "asked", "uses"], [2, ["a"]]),
+    "uses of nothing": change(["records", 0, "asked", "uses"], [2, ""]),
+    "uses of unknown layers only": change(["records", 0, "asked", "uses"], [2, ".."]),
+    "uses cut short": change(["records", 0, "asked", "uses"], [4, "abc"]),
+    "uses with a hole": change(["records", 0, "asked", "uses"], [4, "a.bc"]),
+    "uses in other characters": change(["records", 0, "asked", "uses"], [2, "ä"]),
+    "uses of too many layers": change(["records", 0, "asked", "uses"], [1, "1" * 1025]),
+    "uses too long": change(
+        ["records", 0, "asked", "uses"], [64, "1" * 32 * (POPULARITY_CHARS_MAX // 32 + 1)]
+    ),
     "view not hexadecimal": change(["view"], "x" * 16, BEAT),
     "heartbeat negative": change(["beat"], -1, BEAT),
     "entry too long": change(["news", 0], [A, 1, 1, 1, 1, B, 1], BEAT),

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from coeld.ui.cli import COMMANDS, HELP, main
 from coeld.ui.doctor_command import machine
-from coeld.ui.status_command import devices, layers_owned, this_device
+from coeld.ui.status_command import asked, devices, layers_owned, this_device
 
 HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
 
@@ -109,6 +109,21 @@ def test_the_table_of_devices_fits_the_terminal(width: int) -> None:
     assert "29[3-7]" in out.getvalue()
     if width == 200:
         assert len(lines) <= 9
+
+
+def test_only_those_are_named_who_are_asked() -> None:
+    status = swarm_status(3)
+    rates = {"requests": 0.0, "prompt_tokens": 0.0, "tokens": 0.0}
+    for member in status["node"]["members"]:
+        member["asked_per_min"] = rates
+    assert asked(status) == ""
+    status["node"]["members"][1]["asked_per_min"] = {
+        "requests": 1.07, "prompt_tokens": 136.53, "tokens": 1092.27
+    }  # fmt: skip
+    status["node"]["members"][2]["asked_per_min"] = None  # it is gone
+    assert asked(status) == (
+        "raspberry-1 is asked, per minute, about 1.1 requests with 137 tokens, and answers 1,092"
+    )
 
 
 def test_devices_with_one_name_are_told_apart_by_their_keys() -> None:
