@@ -44,6 +44,8 @@ class Choice:
 
 def choose(nodes: Sequence[NodeId], rows: int, paces: Paces, now_s: float) -> Choice:
     """Order owners (at least one, the route table's favourite first) for a call with `rows`."""
+    if len(nodes) == 1:
+        return Choice((nodes[0],), False, float("inf"))
     ranked = list(nodes)
     favourite = ranked[0]
     expected = {node: paces.expected_s(node, rows, now_s) for node in nodes}

@@ -79,6 +79,15 @@ class _Shares:
     addresses: Mapping[NodeId, tuple[str, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Owners:
+    """Who can be called for a layer, worked out once per route table."""
+
+    by_expert: tuple[tuple[NodeId, ...], ...]
+    whole: tuple[NodeId, ...]
+    """Owners of every expert."""
+
+
 @dataclass(slots=True)
 class Dispatcher:
     """Runs cut layers, for the decoder's thread and for those of guests. Holds nothing of a call;
@@ -96,6 +105,8 @@ class Dispatcher:
     failures: int = 0
     """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
+    _known: tuple[RouteTable | None, dict[int, _Owners]] = field(default_factory=lambda: (None, {}))
+    """Owners by layer, of the table that was looked at last."""
     _branches: Branches = field(init=False)
 
     def __post_init__(self) -> None:
@@ -201,7 +212,11 @@ class Dispatcher:
             return _Shares(here, {}, {})
         if table is None:
             return None
-        owners = {expert: self._owners(table, Lot(layer, expert)) for expert in sorted(chosen)}
+        owned = self._owners(table, layer)
+        cooling = {node for node in self._failed_at if self._cooling(node)}
+        if owned.whole and not cooling:
+            return _Shares(frozenset(), {owned.whole: chosen}, table.addresses)
+        owners = {expert: _rested(owned.by_expert[expert], cooling) for expert in sorted(chosen)}
         first, *rest = owners.values()
         whole = tuple(node for node in first if all(node in nodes for nodes in rest))
         if whole:
@@ -219,12 +234,25 @@ class Dispatcher:
         }
         return _Shares(here & chosen, calls, table.addresses)
 
-    def _owners(self, table: RouteTable, lot: Lot) -> list[NodeId]:
-        """Owners that can be called; those that just failed only if there is no other."""
-        nodes = [
-            node for node in table.owners_of(lot) if node != self.me and node in table.addresses
-        ]
-        return [node for node in nodes if not self._cooling(node)] or nodes
+    def _owners(self, table: RouteTable, layer: int) -> _Owners:
+        """Present owners of a layer's experts, other than this device."""
+        known = self._known  # one reference: other threads may look at another table
+        if known[0] is not table:
+            known = self._known = table, {}
+        found = known[1].get(layer)
+        if found is None:
+            by_expert = tuple(
+                tuple(
+                    node
+                    for node in table.owners_of(Lot(layer, expert))
+                    if node != self.me and node in table.addresses
+                )
+                for expert in range(self.experts)
+            )
+            first, *rest = by_expert
+            whole = tuple(node for node in first if all(node in nodes for nodes in rest))
+            found = known[1][layer] = _Owners(by_expert, whole)
+        return found
 
     def _fail(self, node: NodeId, exc: PeerError) -> None:
         self.failures += not self._cooling(node)
@@ -251,6 +279,11 @@ class Dispatcher:
             "is re-organising or a link is down. See coeld status, and ask again.",
             0,
         )
+
+
+def _rested(nodes: tuple[NodeId, ...], cooling: set[NodeId]) -> tuple[NodeId, ...]:
+    """Those that have not just failed; all of them if there is no other."""
+    return tuple(node for node in nodes if node not in cooling) or nodes
 
 
 def _rows_for(

@@ -32,7 +32,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +75,8 @@ BEFORE_ROWS: Final = {Kind.SPAN: SPAN_HEAD.size, Kind.RESULT: COMPUTED.size}
 """Bytes of numbers at the beginning of the payload."""
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """A checked header."""
+class Header(NamedTuple):
+    """A checked header. A tuple, because one is made for every frame."""
 
     kind: Kind
     call_id: int

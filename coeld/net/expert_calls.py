@@ -33,6 +33,8 @@ ROW_LAYER_S: Final = 0.005
 RTT_SAMPLES: Final = 256
 LINK_BYTES: Final = 1 << 14
 """Calls that send less say nothing about a link's speed."""
+FRESH_S: Final = 0.05
+"""A connection that was used so recently is taken without a look at whether it still stands."""
 LOOK_S: Final = 0.05
 """An answer found later than this after the last look counts as having come by then."""
 
@@ -87,8 +89,8 @@ class ExpertCalls:
             self._sweep()
         if sum(exchange.node == node for exchange in self._owing) >= OWED_MAX:
             raise PeerSlow(f"{OWED_MAX} answers are owed")
-        exchange = self._taken(node, address) or self._opened(node, address)
         call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
+        exchange = self._taken(node, address, now_s) or self._opened(node, address)
         deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
         first = not exchange.greeted
         call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
@@ -161,7 +163,7 @@ class ExpertCalls:
         for exchange in owing:
             exchange.close()
 
-    def _taken(self, node: NodeId, address: tuple[str, int]) -> Exchange | None:
+    def _taken(self, node: NodeId, address: tuple[str, int], now_s: float) -> Exchange | None:
         """A free connection to the peer at that address which it has not closed meanwhile."""
         while True:
             with self._lock:
@@ -169,6 +171,8 @@ class ExpertCalls:
                 if not free:
                     return None
                 exchange = free.pop()
+            if exchange.address == address and now_s - exchange.silent_s < FRESH_S:
+                return exchange
             try:
                 exchange.pump()
             except PeerError:
