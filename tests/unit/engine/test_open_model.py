@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from coeld.datapath.plan import compile_plan
 from coeld.datapath.request import Request
 from coeld.engine.experts import ExpertSet
-from coeld.engine.measure import ME, NoPeers, Silent, logits_of
+from coeld.engine.kvcache import KVCache
+from coeld.engine.measure import ME, NoPeers, Silent, logits_of, resident_bytes
 from coeld.engine.open_model import OpenModel
 from coeld.errors import ContextTooLong, PeerRefused
 from coeld.ids import Lot, NodeId
@@ -91,7 +93,7 @@ def test_a_growing_cache_keeps_what_it_holds(tiny, tiny_store) -> None:
     tokens = (TOKENS * 7)[:256]
     journey, request = model.decoder.depart(), Request("r", tokens, 0, Silent())
     cache = journey.here
-    cache._move(32)  # far below the usual minimum, so that it grows several times
+    cache._move(32)  # far below the usual room, so that it grows several times
     for token in tokens:
         cache_before = cache.capacity
         if cache.length == cache_before:
@@ -118,6 +120,24 @@ def test_experts_that_tokens_use_are_counted_at_cuts(tmp_path, whole: bool) -> N
     shape = routed.shape
     assert sorted(counted) == ([] if whole else list(range(shape.layers)))
     assert all(sum(rows) == 30 * shape.top_k for rows in counted.values())
+
+
+def test_room_in_a_cache_becomes_memory_only_when_it_is_written(tiny) -> None:
+    shape = replace(tiny.shape, kv_heads=8, head_dim=64)
+    cache = KVCache(shape, 2048, range(32))
+    room = 32 * 2 * 8 * 2048 * 64 * 4
+    before = resident_bytes()
+    cache.reserve(100)
+    for layer in range(32):
+        for value in cache.values(layer):
+            value.numpy()[:, :, :100] = 1
+    grown = resident_bytes() - before
+    assert cache.capacity == 2048
+    assert cache.bytes == cache.bytes_for(100) == 32 * 2 * 8 * 7 * 4096  # 16 tokens a page
+    assert grown < room / 4, f"{grown} of {room} bytes"
+    assert cache.bytes_for(2048) == room
+    cache.free()
+    assert cache.bytes == 0
 
 
 def test_two_requests_in_turn_do_not_disturb_each_other(whole) -> None:

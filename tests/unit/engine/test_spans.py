@@ -280,9 +280,9 @@ def test_what_a_device_cannot_run_is_refused(host, tiny, asked, why) -> None:
 def test_guests_together_get_no_more_memory_than_they_may(device, tiny) -> None:
     made = device(B, guests_max=1)
     made.follow(table([made, device(A)], spans=[Leg(B, 0, 3)]))
-    x = rows(2, tiny.shape.hidden)
+    x, many = rows(2, tiny.shape.hidden), rows(250, tiny.shape.hidden)
     first, second = made.model.welcome(), made.model.welcome()
-    first.span(SpanCall(1, 0, 0, 3, 1), x)
+    first.span(SpanCall(1, 0, 0, 3, 1), many)
     with pytest.raises(PeerRefused, match="no memory"):
         second.span(SpanCall(1, 0, 0, 3, 1), x)
     first.free(1)
