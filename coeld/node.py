@@ -15,6 +15,7 @@ from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, serving, unclaimed
 from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
+from coeld.deployment.replicas import replicas
 from coeld.deployment.supply import considered, facts_of, trunk_complaint
 from coeld.deployment.ways import Ways, roomy, whole_layers
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
@@ -255,15 +256,14 @@ class Node:
         if self._considered != (served, held):
             fresh = self._considered is None
             self._considered = (served, held)
-            if fresh or any(
-                node not in (self._wanted.get(lot), self._before.get(lot))
-                for lot, node in served.items()
-            ):
+            if fresh or served.items() - self._wanted.items() - self._before.items():
                 self._before = served
                 wanted = self._wanted = self._owners_wanted(served, demand.lot_bytes)
                 self._whole = not wanted or is_whole(wanted)
             model = facts.model()
-            self._bids = bids(model, self.node_id, self._wanted, held)
+            copied = replicas(model, self._wanted, records, self.config.replicas_max)
+            mine = copied.get(self.node_id, ())
+            self._bids = bids(model, self.node_id, self._wanted, held, mine)
             self._room = roomy(model, self.perception.me, self._wanted)
         return True
 

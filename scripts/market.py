@@ -20,6 +20,7 @@ from typing import Any
 from market_auction import Bidder, outcome, settle
 from market_baselines import BASELINES
 from market_exact import least_ns
+from market_replicas import report as report_replicas
 from market_settle import report as report_settling
 
 from coeld.deployment.cost import PPM, Device, Link, Tier
@@ -196,7 +197,11 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every instance there")
     parser.add_argument("--fleet", action="store_true", help="8 devices, 6144 experts")
     parser.add_argument("--settle", action="store_true", help="real nodes: cost until claims rest")
+    parser.add_argument("--replicas", action="store_true", help="what spare memory saves")
     arguments = parser.parse_args()
+    if arguments.replicas:
+        report_replicas(arguments.seed, arguments.instances)
+        return 0
     if arguments.fleet or arguments.settle:
         (measure_fleet if arguments.fleet else report_settling)()
         return 0

@@ -13,6 +13,7 @@ from coeld.deployment.auction import bundle, leaders
 from coeld.deployment.placement import owners
 from coeld.deployment.pricing import bids, claimable
 from coeld.deployment.proposal import Deliberation, Facts
+from coeld.deployment.replicas import replicas
 from coeld.ids import Lot, NodeId
 from coeld.messages import Claim, Delta, Record, decode, encode
 
@@ -25,6 +26,8 @@ class Bidder:
     facts: Facts
     copies: int
     barred: frozenset[Lot] = frozenset()
+    valued: bool = True
+    """Replicas go by what they save; else, while all are worth the same, by a hash."""
     heard: dict[NodeId, Record] = field(default_factory=dict)
     bid: dict[Lot, int] = field(default_factory=dict)
     whole: bool = False
@@ -44,7 +47,9 @@ class Bidder:
         fresh = thinking.fresh({})
         self.whole = thinking.whole
         plan = fresh.owners if fresh else {}
-        self.bid = bids(self.facts.model(), self.node, plan, ())
+        model = self.facts.model()
+        copied = replicas(model, plan, (), self.copies) if self.valued else {}
+        self.bid = bids(model, self.node, plan, (), copied.get(self.node, ()))
         self.cpu_s += time.process_time() - started
 
     @property

@@ -1,7 +1,8 @@
 """What this device can hold and what it bids for each lot: integers, from shared facts. Pure.
 
-A bid is one integer that decides, in three parts. The top bit says that the lot is this device's
-in the proposal that it believes in (coeld.deployment.proposal). Then the value: the microseconds
+A bid is one integer that decides, in four parts. The top bit says that the lot is this device's
+in the proposal that it believes in (coeld.deployment.proposal), the next that a replica of it is
+(coeld.deployment.replicas). Then the value: the microseconds
 per token that owning the lot here saves the swarm against reading it from the slowest disk each
 time it is used, popularity × (disk − compute here − its part of the call), summed over those who
 ask. At the bottom 16 bits of a rendezvous hash of device and *layer*: equal devices get whole
@@ -24,8 +25,10 @@ HELD_WORTH: Final = (5, 4)
 TIE_BITS: Final = 16
 VALUE_MAX: Final = (1 << 28) - 1
 """Four minutes; no lot is worth more."""
-PROPOSED: Final = 1 << 44
-assert PROPOSED + (VALUE_MAX << TIE_BITS) < BID_MAX
+REPLICA: Final = 1 << 44
+PROPOSED: Final = REPLICA << 1
+assert VALUE_MAX << TIE_BITS < REPLICA
+assert PROPOSED + REPLICA < BID_MAX
 
 
 def capacity(memory_budget_bytes: int, demand: ModelDemand) -> int:
@@ -74,9 +77,14 @@ def value_us(model: CostModel, device: int, uses_ppm: int) -> int:
 
 
 def bids(
-    model: CostModel, me: NodeId, owners: Mapping[Lot, NodeId], held: Collection[Lot]
+    model: CostModel,
+    me: NodeId,
+    owners: Mapping[Lot, NodeId],
+    held: Collection[Lot],
+    copied: Collection[int] = (),
 ) -> dict[Lot, int]:
-    """This device's bid for every lot. `owners` is the proposal, empty if there is none.
+    """This device's bid for every lot. `owners` is the proposal, empty if there is none; `copied`
+    are the layers of which it proposes a replica here.
 
     A layer's lots are all worth what its most used one is, so that they stay together and are told
     in few words. Replicas `held` already are worth a quarter more, so that they stay where they
@@ -92,7 +100,7 @@ def bids(
         if most not in values:
             values[most] = 4 if index is None else value_us(model, index, most)
         for lot in lots:
-            mine = PROPOSED if owners.get(lot) == me else 0
+            mine = PROPOSED if owners.get(lot) == me else REPLICA if layer in copied else 0
             value = values[most]
             if lot in held and not mine:
                 value = value * HELD_WORTH[0] // HELD_WORTH[1]
