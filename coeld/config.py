@@ -122,7 +122,7 @@ class Engine:
         0.0,
         "How much an answer may lose where rows cross slow links: mean divergence of its "
         "predictions, in nats per token. 0 = nothing: rows travel whole and answers are those of "
-        "one device. 0.02 makes long prompts travel at a seventh of the size and changes the next "
+        "one device. 0.02 makes long prompts travel at an eighth of the size and changes the next "
         "token in about one of 12 places. A request may say otherwise (x_coeld.kl_budget).",
         0.0,
         1.0,

@@ -20,6 +20,9 @@ from random import Random
 import numpy as np
 
 from coeld.compression import wire
+from coeld.compression.bfloat16 import to_bfloat16
+from coeld.compression.prediction import Forecast, Past, predict
+from coeld.compression.wire import Codec
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import FrameError
@@ -77,7 +80,9 @@ def valid_frames(rng: Random) -> list[bytes]:
             frames.pack_experts(call, layer, ids, x, gates, coded(rng, x), rng.random()),
             frames.pack_result(call, layer, x, rng.randrange(1 << 32)),
             frames.pack_result(call, layer, x, 0, coded(rng, x)),
+            frames.pack_experts(call, layer, ids, x, gates, ahead(x), 0.1, keep=True),
             frames.pack_span(call, SpanCall(call, layer, layer, layer + experts, rows), x),
+            frames.pack_span(call, SpanCall(call, 1, layer, layer + 1, 1), x, coded(rng, x), 0.1),
             frames.pack_free(call),
             frames.pack_text(Kind.HELLO, call, text),
             frames.pack_text(Kind.ERROR, call, text),
@@ -86,9 +91,26 @@ def valid_frames(rng: Random) -> list[bytes]:
     return found + [text_frame(payload) for payload in TEXTS]
 
 
-def coded(rng: Random, x: np.ndarray) -> tuple[wire.Codec, wire.Encoded]:
-    codec = rng.choice(wire.available())
+def coded(rng: Random, x: np.ndarray) -> tuple[Codec, wire.Encoded]:
+    codec = rng.choice([codec for codec in wire.available() if codec is not Codec.STEPS_AHEAD])
     return codec, wire.encode(codec, x, 0.1)
+
+
+def past(rows: int, hidden: int) -> Past:
+    """What a connection's last call left."""
+    ones = np.ones((rows, hidden), np.float32)
+    return Past(ones, -ones)
+
+
+def forecast(x: np.ndarray) -> Forecast:
+    gains = to_bfloat16(np.full((2, x.shape[1]), 0.5, np.float32))
+    weights = to_bfloat16(np.full((len(x), 2), 0.25, np.float32))
+    return Forecast(gains, weights, predict(past(*x.shape), gains, weights), 0.0)
+
+
+def ahead(x: np.ndarray) -> tuple[Codec, wire.Encoded]:
+    """Rows that refer to those before."""
+    return Codec.STEPS_AHEAD, wire.encode(Codec.STEPS_AHEAD, x, 0.1, forecast(x))
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -143,7 +165,8 @@ def read(data: bytes) -> str:
     payload = memoryview(data)[HEADER.size : HEADER.size + header.payload_bytes]
     match header.kind:
         case Kind.EXPERTS:
-            ids, *arrays = frames.unpack_experts(header, payload)
+            before = past(header.rows, header.hidden)
+            ids, *arrays = frames.unpack_experts(header, payload, before)
             if len(set(ids)) != header.experts:
                 raise Broken(f"{header.experts} experts became {ids}")
             check(arrays[0], (header.rows, header.hidden))
@@ -175,20 +198,20 @@ def check(array: np.ndarray, shape: tuple[int, int]) -> None:
         raise Broken(f"shape {array.shape} instead of {shape}, or values that are no numbers")
 
 
-def valid_payloads(rng: Random) -> list[tuple[wire.Codec, tuple[int, int], bytes]]:
+def valid_payloads(rng: Random) -> list[tuple[Codec, tuple[int, int], bytes]]:
     numbers = np.random.default_rng(rng.randrange(1 << 30))
     found = []
     for codec in wire.available():
         for shape in ((1, 1), (2, 24), (3, 70)):
             x = numbers.standard_normal(shape, np.float32)
             x[0, 0] *= 1000
-            found.append((codec, shape, b"".join(wire.encode(codec, x, 0.05).pieces)))
+            found.append((codec, shape, b"".join(wire.encode(codec, x, 0.05, forecast(x)).pieces)))
     return found
 
 
-def read_rows(codec: wire.Codec, shape: tuple[int, int], data: bytes) -> str:
+def read_rows(codec: Codec, shape: tuple[int, int], data: bytes) -> str:
     out = np.empty(shape, np.float32)
-    wire.decode(codec, data, out)
+    wire.decode(codec, data, out, past(*shape))
     check(out, shape)
     return codec.name
 

@@ -7,8 +7,10 @@ each window of 256 tokens is one prompt chunk, one frame per layer and direction
 against fp16, mean KL of the next-token distribution against the undisturbed model, top-1 agreement,
 and perplexity.
 
-The sensitivity c of each cut (KL = c e²) is measured first, with white noise on the calibration
-text that the package brings: the texts that are judged have no part in it.
+The sensitivity c of each place (KL = c e²) is measured first, with white noise on the calibration
+text that the package brings: the texts that are judged have no part in it. "Typical" is what the
+data path assumes of every model. Hops are the residual stream's, on a way of three legs of which
+two are elsewhere.
 """
 
 import argparse
@@ -22,7 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.compression.fusion import fuse, unfuse
-from coeld.compression.transfer import error_allowed, fuse_within
+from coeld.compression.prediction import Past, forecast
+from coeld.compression.transfer import (
+    SENSITIVITY_HOP,
+    error_allowed,
+    fuse_within,
+    sensitivity,
+)
 from coeld.compression.wire import Codec, decode, encode, loudness
 from coeld.engine.text import Text
 from coeld.model.catalogue import find
@@ -36,7 +44,11 @@ WINDOW = 256
 PLACES = (0, 7, 50, 100, 200, 300, 400, 500)
 """Windows of the text that are judged, in windows of 512 tokens."""
 NOISE = 0.15
+HOP_NOISE = 0.05
 CALIBRATION_TOKENS = 128
+LEGS = (10, 20, 20, 30)
+"""Of 30 layers the first third is here; the stream goes to the second and comes back, to the third
+and comes back: before these layers."""
 
 Rows = NDArray[np.float32]
 Block = Callable[[Rows], Rows]
@@ -47,6 +59,8 @@ class Cut(gguf_numpy.Reference):
     """The reference with every feed-forward block behind a transfer."""
 
     transfer: Transfer
+    hop: Callable[[int, Rows], Rows] = staticmethod(lambda _layer, x: x)
+    """What enters a layer, for the stream between layers; the last: what enters the head."""
 
     def feed_forward(self, x: Rows, layer: int) -> Rows:
         return self.transfer(layer, x, lambda rows: super(Cut, self).feed_forward(rows, layer))
@@ -58,7 +72,8 @@ class Cut(gguf_numpy.Reference):
         """What enters each layer, and what leaves the last."""
         states = [self.tensors["token_embd.weight"][tokens]]
         for layer in range(self.layers()):
-            states.append(self.after(states[-1], layer))
+            states.append(self.after(self.hop(layer, states[-1]), layer))
+        states[-1] = self.hop(self.layers(), states[-1])
         return states
 
     def after(self, x: Rows, layer: int) -> Rows:
@@ -82,18 +97,26 @@ def divergence(base: Rows, found: Rows) -> float:
 
 
 def measured_sensitivity(model: Cut, tokens: list[int]) -> NDArray[np.float64]:
-    """c of every layer (L, 2): rows out, results back."""
+    """c of every layer (L, 3): rows out, results back, the residual stream that leaves it."""
     model.transfer = untouched
     states = model.states(tokens)
     base = model.log_probabilities(states[-1])
-    found = np.zeros((model.layers(), 2))
+    found = np.zeros((model.layers(), 3))
     rng = np.random.default_rng(0)
 
-    def noisy(x: Rows) -> Rows:
-        size = (loudness(x) * NOISE).astype(np.float32)
+    def noisy(x: Rows, noise: float = NOISE) -> Rows:
+        size = (loudness(x) * noise).astype(np.float32)
         return x + size[:, None] * rng.standard_normal(x.shape, np.float32)
 
+    def diverging(state: Rows, layer: int) -> float:
+        for at in range(layer, model.layers()):
+            state = model.after(state, at)
+        return divergence(base, model.log_probabilities(state))
+
     for layer in range(model.layers()):
+        model.transfer = untouched
+        state = noisy(states[layer + 1], HOP_NOISE)
+        found[layer, 2] = diverging(state, layer + 1) / HOP_NOISE**2
         for back in (0, 1):
 
             def disturbed(at: int, x: Rows, block: Block, layer=layer, back=back) -> Rows:
@@ -102,11 +125,7 @@ def measured_sensitivity(model: Cut, tokens: list[int]) -> NDArray[np.float64]:
                 return noisy(block(x)) if back else block(noisy(x))
 
             model.transfer = disturbed
-            state = states[layer]
-            for at in range(layer, model.layers()):
-                state = model.after(state, at)
-            kl = divergence(base, model.log_probabilities(state))
-            found[layer, back] = kl / NOISE**2
+            found[layer, back] = diverging(states[layer], layer) / NOISE**2
         print(f"layer {layer}: c = {found[layer].round(3)}", file=sys.stderr, flush=True)
     return found
 
@@ -114,17 +133,22 @@ def measured_sensitivity(model: Cut, tokens: list[int]) -> NDArray[np.float64]:
 class Meter:
     """Carries rows through codecs and counts what they weigh."""
 
+    hop: Callable[[int, Rows], Rows] | None = None
+
     def __init__(self) -> None:
         self.bytes = 0
         self.fp16_bytes = 0
         self.squares: list[float] = []
 
-    def carry(self, codec: Codec, x: Rows, error: float = 0.0) -> Rows:
-        encoded = encode(codec, x, error)
+    def carry(self, codec: Codec, x: Rows, error: float = 0.0, past: Past | None = None) -> Rows:
+        found = forecast(past, x, loudness(x)) if past is not None else None
+        if codec is Codec.STEPS_AHEAD and found is None:
+            codec = Codec.STEPS_ZLIB
+        encoded = encode(codec, x, error, found)
         self.bytes += encoded.size
         self.squares.append(encoded.error**2)
         out = np.empty_like(x)
-        decode(codec, b"".join(encoded.pieces), out)
+        decode(codec, b"".join(encoded.pieces), out, past)
         return out
 
 
@@ -138,6 +162,44 @@ def plain(codec: Codec, errors: NDArray[np.float64] | None = None) -> Callable[[
             return meter.carry(codec, block(meter.carry(codec, x, out)), back)
 
         return transfer
+
+    return make
+
+
+def ahead(errors: NDArray[np.float64], run: int) -> Callable[[Meter], Transfer]:
+    """Steps of the difference to what the layer before tells, where one device has both: it has
+    `run` layers in a row."""
+
+    def make(meter: Meter) -> Transfer:
+        past: Past | None = None
+
+        def transfer(layer: int, x: Rows, block: Block) -> Rows:
+            nonlocal past
+            meter.fp16_bytes += 4 * x.size
+            out, back = errors[layer]
+            before = past if layer % run else None
+            sent = meter.carry(Codec.STEPS_AHEAD, x, out, before)
+            y = meter.carry(Codec.STEPS_ZLIB, block(sent), back)
+            past = Past(sent, y)
+            return y
+
+        return transfer
+
+    return make
+
+
+def hopping(error: float) -> Callable[[Meter], Transfer]:
+    """The residual stream in steps, there and back."""
+
+    def make(meter: Meter) -> Transfer:
+        def hop(layer: int, x: Rows) -> Rows:
+            for _ in range(LEGS.count(layer)):
+                meter.fp16_bytes += 2 * x.size
+                x = meter.carry(Codec.STEPS_ZLIB, x, error)
+            return x
+
+        meter.hop = hop
+        return untouched
 
     return make
 
@@ -185,12 +247,19 @@ def variants(c: NDArray[np.float64]) -> dict[str, Callable[[Meter], Transfer]]:
         "fusion 0.1, fp16": fusing(Codec.FLOAT16, 0.1),
         "fusion 0.3, fp16": fusing(Codec.FLOAT16, 0.3),
     }
-    for kl in (0.005, 0.01, 0.02, 0.04):
+    typical = np.array([sensitivity(layer, len(c)) for layer in range(len(c))])
+    for kl in (0.005, 0.01, 0.02, 0.025):
         even = np.full(c.shape, error_allowed(kl, c.size, float(c.mean())))
         placed = np.vectorize(lambda each, kl=kl: error_allowed(kl, c.size, each))(c)
         found[f"steps, same e everywhere, budget {kl}"] = plain(Codec.STEPS_ZLIB, even)
         found[f"steps, e by sensitivity, budget {kl}"] = plain(Codec.STEPS_ZLIB, placed)
         found[f"steps and fusion by sensitivity, budget {kl}"] = together(placed)
+        found[f"steps ahead, e by sensitivity, budget {kl}"] = ahead(placed, len(c))
+        usual = np.vectorize(lambda each, kl=kl: error_allowed(kl, c.size, each))(typical)
+        found[f"steps ahead, typical e, budget {kl}"] = ahead(usual, len(c))
+        found[f"steps ahead, typical e, ten layers a device, budget {kl}"] = ahead(usual, 10)
+        hop = error_allowed(kl, len(LEGS), SENSITIVITY_HOP)
+        found[f"hops in steps, budget {kl}"] = hopping(hop)
     return found
 
 
@@ -199,6 +268,7 @@ def judged(
 ) -> dict[str, float]:
     meter = Meter()
     model.transfer = make(meter)
+    model.hop = meter.hop or (lambda _layer, x: x)
     kls, same, losses = [], [], []
     for tokens, base in zip(windows, bases, strict=True):
         logs = model.log_probabilities(model.states(tokens)[-1])
@@ -253,6 +323,8 @@ def picture(results: dict[str, dict[str, float]]) -> str:
         "steps, same e everywhere": "#999",
         "steps, e by sensitivity": "#06c",
         "steps and fusion by sensitivity": "#c30",
+        "steps ahead, e by sensitivity": "#080",
+        "hops in steps": "#a0a",
     }
     for at, (group, colour) in enumerate(groups.items()):
         points = [
@@ -298,7 +370,9 @@ def main() -> None:
         c = measured_sensitivity(model, text.encode(calibration)[:CALIBRATION_TOKENS])
         if arguments.sensitivity:
             arguments.sensitivity.write_text(json.dumps(c.tolist()))
-    print(f"sensitivity: mean {c.mean():.3f}, least {c.min():.3f}, most {c.max():.3f}")
+    for name, of in (("of cuts", c[:, :2]), ("of hops", c[:, 2])):
+        print(f"sensitivity {name}: {of.min():.3f} to {of.max():.3f}, mean {of.mean():.3f}")
+    c = c[:, :2]
 
     tokens = text.encode(arguments.text.read_text("utf-8"))
     starts = [2 * WINDOW * place for place in PLACES]

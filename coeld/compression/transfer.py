@@ -11,6 +11,10 @@ next finer one if the rows turn out worse than expected: the budget is kept by c
 
 Prefill and decode differ only in their number of rows: one row of a decoding step is carried by the
 round trip, where fewer bytes gain nothing; then the finest codec is taken.
+
+After a call whose rows went as steps both ends keep them, and the answer, as they arrived, where
+the link is so slow that bits pay for arithmetic: the next call's rows are sent as differences to
+what these tell (`prediction.py`). Any other call leaves nothing.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,13 +22,33 @@ from dataclasses import dataclass
 from math import log2, sqrt
 from typing import Final
 
-from coeld.compression.fusion import Fused, fuse
-from coeld.compression.rotation import Rows
-from coeld.compression.wire import EXACT, STEPS, Codec, Encoded, encode, payload_bytes
+import numpy as np
 
-SENSITIVITY: Final = 0.25
-"""c of one transfer when nothing is known: measured on SmolLM2, mean over its layers and both
-directions (docs/benchmarks.md)."""
+from coeld.compression.fusion import Fused, fuse
+from coeld.compression.prediction import Forecast, Past, forecast
+from coeld.compression.rotation import Rows
+from coeld.compression.wire import (
+    EXACT,
+    STEPS,
+    Codec,
+    Encoded,
+    decode,
+    encode,
+    loudness,
+    payload_bytes,
+)
+
+Coded = tuple[Codec, Encoded]
+"""Rows ready to be sent."""
+
+SENSITIVITY: Final = (0.22, 0.12)
+SENSITIVITY_FIRST: Final = (0.5, 1.2)
+SENSITIVITY_LAST: Final = (2.6, 2.5)
+"""c of a layer's transfers, rows out and results back, and those of the first and the last layer:
+measured on SmolLM2 (docs/benchmarks.md). Rows on their way out have been divided by their length;
+what enters the first layers reaches everything, what leaves the last one only the logits."""
+SENSITIVITY_HOP: Final = 2.6
+"""c of the residual stream between layers: measured there too; 1.0 to 2.4, 4.6 after the last."""
 GAIN_MIN: Final = 0.1
 """A coarser codec must save this share of the time, or the finer one is used."""
 
@@ -51,6 +75,12 @@ NS_PER_VALUE: Final = {
 """Encoding and decoding together, on the machine of docs/benchmarks.md."""
 
 
+AHEAD_NS_PER_VALUE: Final = 28.0
+"""What STEPS_AHEAD takes more than STEPS_ZLIB, for both ends' keeping of the past too."""
+AHEAD_BITS: Final = 1.5
+"""What it saves per value where the past tells something."""
+
+
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
     """A measured link."""
@@ -59,7 +89,14 @@ class LinkSpeed:
     bytes_per_s: float
 
 
-def error_allowed(kl: float, transfers: int, sensitivity: float = SENSITIVITY) -> float:
+def sensitivity(layer: int, layers: int) -> tuple[float, float]:
+    """c of the transfers of one of a model's layers: rows out, results back."""
+    if layer == layers - 1:
+        return SENSITIVITY_LAST
+    return SENSITIVITY_FIRST if layer == 0 else SENSITIVITY
+
+
+def error_allowed(kl: float, transfers: int, sensitivity: float) -> float:
     """The e of one of `transfers` transfers that each token makes, within `kl` in all."""
     return sqrt(kl / (transfers * sensitivity)) if kl > 0 else 0.0
 
@@ -96,31 +133,57 @@ def ranked(
     return [first, *rest]
 
 
-def encode_within(codecs: Sequence[Codec], x: Rows, error: float) -> tuple[Codec, Encoded]:
+def encode_within(
+    codecs: Sequence[Codec], x: Rows, error: float, told: Forecast | None = None
+) -> Coded:
     """Encode rows (n, H) with the first of `ranked` codecs whose error is allowed.
 
     In exact mode (`error` 0) half precision counts as exact unless a value is beyond its range.
     """
     limit = max(error, TYPICAL_ERROR[Codec.FLOAT16])
     for codec in codecs:
-        encoded = encode(codec, x, error * STEPS_MARGIN)
+        encoded = encode(codec, x, error * STEPS_MARGIN, told)
         if encoded.error <= limit:
             return codec, encoded
     return Codec.FLOAT32, encode(Codec.FLOAT32, x)
 
 
-WIRED: Final = tuple(codec for codec in Codec if codec is not Codec.STEPS_ZSTD)
-"""What every device can read; zstd is an extra."""
+WIRED: Final = tuple(c for c in Codec if c not in (Codec.STEPS_ZSTD, Codec.STEPS_AHEAD))
+"""What every device can read at any time; zstd is an extra."""
 
 
-def encode_for(link: LinkSpeed | None, x: Rows, error: float) -> tuple[Codec, Encoded] | None:
+def encode_for(
+    link: LinkSpeed | None, x: Rows, error: float, past: Past | None = None
+) -> Coded | None:
     """Rows (n, H) as they should cross the link when they may err by `error`; None: as they are,
     also while the link is unknown: nothing is lost before it has proved slow."""
     if error <= 0 or link is None:
         return None
     codecs = ranked(WIRED, link, x.shape[0], x.shape[1], error)
-    codec, encoded = encode_within(codecs, x, error)
+    told = None
+    if past is not None and codecs[0] in STEPS:
+        told = forecast(past, x, loudness(x))
+    if told is not None:
+        codecs.insert(0, Codec.STEPS_AHEAD)
+    codec, encoded = encode_within(codecs, x, error, told)
     return None if codec is Codec.FLOAT32 else (codec, encoded)
+
+
+def leaves_past(link: LinkSpeed | None, coded: Coded | None) -> bool:
+    """Whether both ends should keep these rows and their answer for the next call: they are steps,
+    and on this link bits are so slow that it is quicker to predict them."""
+    if link is None or coded is None or coded[0] not in STEPS:
+        return False
+    return AHEAD_BITS / 8 / link.bytes_per_s > AHEAD_NS_PER_VALUE * 1e-9
+
+
+def received(x: Rows, coded: Coded | None, past: Past | None = None) -> Rows:
+    """Rows x (n, H) as the other end gets them; a new array."""
+    if coded is None:
+        return x.copy()
+    out = np.empty(x.shape, np.float32)
+    decode(coded[0], b"".join(coded[1].pieces), out, past)
+    return out
 
 
 STEPS_MARGIN: Final = 0.97

@@ -10,18 +10,21 @@
 | INT8_HADAMARD | as INT8_ROW, of the rotated rows | 8.03 |
 | STEPS_ZLIB | float32 steps (n); uint32 size; coded int8 (n, H); float32 exceptions | 3 to 8 |
 | STEPS_ZSTD | the same, coded by zstd; only where both sides have it | 3 to 8 |
+| STEPS_AHEAD | bfloat16 gains (2, H), weights (n, 2); then as STEPS_ZLIB | 2 to 6 |
 
 All little-endian. INT8: a scale is max|v| / 127. STEPS takes the error that may be made instead of
 a number of bits: every row is rounded to multiples of a step of its own, the steps are coded with
 Huffman's code (zlib's or zstd's: same size, zstd is six times as fast), and the few values beyond
 127 steps follow exactly. It is the smallest codec at every error (an entropy-coded uniform
-quantiser is within 0.25 bits of the bound, Gish and Pierce 1968) and the slowest.
+quantiser is within 0.25 bits of the bound, Gish and Pierce 1968) and the slowest. STEPS_AHEAD takes
+steps of the difference to a prediction that both ends can make (`prediction.py`).
 
 The error of a codec is e: the root mean square, over rows, of |row - decoded| / |row|. The
 divergence of the model's output follows it as KL ≈ c e² (`transfer.py`).
 
 A payload is bytes from outside: its size is compared with what its header promises before anything
-is allocated, and NaN, Inf and sizes that do not fit are FrameErrors. Nothing here keeps state.
+is allocated, and NaN, Inf and sizes that do not fit are FrameErrors. Nothing here keeps state; who
+uses STEPS_AHEAD hands in the past.
 """
 
 import zlib
@@ -32,6 +35,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.compression.bfloat16 import Halves, to_bfloat16, to_float32
+from coeld.compression.prediction import Forecast, Past, predict
 from coeld.compression.rotation import Rows, rotate, rotate_back
 from coeld.errors import FrameError
 
@@ -69,9 +74,12 @@ class Codec(IntEnum):
     INT8_HADAMARD = 6
     STEPS_ZLIB = 7
     STEPS_ZSTD = 8
+    STEPS_AHEAD = 9
 
 
-STEPS: Final = (Codec.STEPS_ZLIB, Codec.STEPS_ZSTD)
+STEPS: Final = (Codec.STEPS_ZLIB, Codec.STEPS_ZSTD, Codec.STEPS_AHEAD)
+CHECKED: Final = (Codec.FLOAT32, Codec.FLOAT16, Codec.BFLOAT16, Codec.STEPS_AHEAD)
+"""Their bytes can be NaN, or Inf: looked for in the rows."""
 EXACT: Final = (Codec.FLOAT32, Codec.FLOAT16)
 """What exact mode may use: at least 16 bits, error at most that of half precision."""
 
@@ -109,11 +117,18 @@ def payload_bytes(codec: Codec, rows: int, hidden: int) -> tuple[int, int]:
             size = 4 * rows * -(-hidden // GROUP) + values
         case Codec.STEPS_ZLIB | Codec.STEPS_ZSTD:
             return 4 * rows + 4, 4 * rows + 4 + 4 * values + CODER_BYTES
+        case Codec.STEPS_AHEAD:
+            least, most = payload_bytes(Codec.STEPS_ZLIB, rows, hidden)
+            ahead = 4 * (hidden + rows)
+            return ahead + least, ahead + most
     return size, size
 
 
-def encode(codec: Codec, x: Rows, error: float = 0.0) -> Encoded:
-    """Rows (n, H), finite, to bytes; `error` is the e that STEPS aims at. `x` is not changed."""
+def encode(codec: Codec, x: Rows, error: float = 0.0, forecast: Forecast | None = None) -> Encoded:
+    """Rows (n, H), finite, to bytes; `error` is the e that STEPS aims at. `x` is not changed.
+
+    STEPS_AHEAD needs a forecast of x, the others ignore it.
+    """
     x = np.ascontiguousarray(x, "<f4")
     match codec:
         case Codec.FLOAT32:
@@ -121,7 +136,7 @@ def encode(codec: Codec, x: Rows, error: float = 0.0) -> Encoded:
         case Codec.FLOAT16:
             return _encode_float16(x)
         case Codec.BFLOAT16:
-            return Encoded((_bytes(_to_bfloat16(x)),), BFLOAT16_ERROR)
+            return Encoded((_bytes(to_bfloat16(x)),), BFLOAT16_ERROR)
         case Codec.INT8_ROW:
             return _encode_int8(x, x.shape[1])
         case Codec.INT8_GROUP:
@@ -129,11 +144,19 @@ def encode(codec: Codec, x: Rows, error: float = 0.0) -> Encoded:
         case Codec.INT8_HADAMARD:
             return _encode_int8(rotate(x), x.shape[1])
         case Codec.STEPS_ZLIB | Codec.STEPS_ZSTD:
-            return _encode_steps(codec, x, min(max(error, ERROR_MIN), ERROR_MAX))
+            return _encode_steps(codec, x, _steps(x, error), _squares(x))
+        case Codec.STEPS_AHEAD:
+            assert forecast is not None
+            coded = _encode_steps(codec, x - forecast.rows, _steps(x, error), _squares(x))
+            ahead = _bytes(forecast.gains), _bytes(forecast.weights)
+            return Encoded((*ahead, *coded.pieces), coded.error)
 
 
-def decode(codec: Codec, payload: memoryview | bytes, out: Rows) -> None:
-    """Fill `out` (n, H), float32 and contiguous. Raises FrameError; `out` is rubbish then."""
+def decode(codec: Codec, payload: memoryview | bytes, out: Rows, past: Past | None = None) -> None:
+    """Fill `out` (n, H), float32 and contiguous. Raises FrameError; `out` is rubbish then.
+
+    STEPS_AHEAD needs the past that was used to encode, the others ignore it.
+    """
     assert out.flags.c_contiguous
     assert out.dtype == np.float32
     rows, hidden = out.shape
@@ -147,8 +170,7 @@ def decode(codec: Codec, payload: memoryview | bytes, out: Rows) -> None:
         case Codec.FLOAT16:
             out[:] = np.frombuffer(data, "<f2").reshape(out.shape)
         case Codec.BFLOAT16:
-            wide = np.frombuffer(data, "<u2").astype(np.uint32)
-            np.left_shift(wide, 16, out=out.view(np.uint32).reshape(-1))
+            out[:] = to_float32(np.frombuffer(data, "<u2")).reshape(out.shape)
         case Codec.INT8_ROW:
             _decode_int8(data, hidden, out)
         case Codec.INT8_GROUP:
@@ -159,7 +181,9 @@ def decode(codec: Codec, payload: memoryview | bytes, out: Rows) -> None:
             rotate_back(turned, out)
         case Codec.STEPS_ZLIB | Codec.STEPS_ZSTD:
             _decode_steps(codec, data, out)
-    if codec <= Codec.BFLOAT16 and not np.isfinite(out).all():
+        case Codec.STEPS_AHEAD:
+            _decode_ahead(data, out, past)
+    if codec in CHECKED and not np.isfinite(out).all():
         raise FrameError("rows contain NaN or Inf")
 
 
@@ -202,15 +226,6 @@ def _encode_float16(x: Rows) -> Encoded:
     limit = np.finfo(np.float16).max
     half = np.clip(x, -limit, limit).astype("<f2")
     return Encoded((_bytes(half),), relative_error(x, half.astype(np.float32)))
-
-
-def _to_bfloat16(x: Rows) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even; what would round up to Inf stays the largest number."""
-    bits = x.view("<u4")
-    rounded = bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))
-    upper = (rounded >> 16).astype("<u2")
-    finite: NDArray[np.uint16] = np.where((upper & 0x7FFF) == 0x7F80, upper - 1, upper)
-    return finite.astype("<u2", copy=False)
 
 
 def _blocks(x: NDArray[np.generic], block: int) -> list[NDArray[np.generic]]:
@@ -260,10 +275,15 @@ def _scales(data: memoryview, count: int) -> NDArray[np.float32]:
     return scales
 
 
-def _encode_steps(codec: Codec, x: Rows, error: float) -> Encoded:
-    whole = _squares(x)
-    # A uniform quantiser of step s errs by s / sqrt(12) per value.
+def _steps(x: Rows, error: float) -> Rows:
+    """(n,): a uniform quantiser of step s errs by s / sqrt(12) per value."""
+    error = min(max(error, ERROR_MIN), ERROR_MAX)
     steps: Rows = (loudness(x) * (error * 12**0.5)).astype(np.float32)
+    return steps
+
+
+def _encode_steps(codec: Codec, x: Rows, steps: Rows, whole: NDArray[np.float64]) -> Encoded:
+    """`whole`: the squared length of the rows that the error is relative to."""
     divisor: Rows = np.where(steps > 0, steps, np.float32(1))
     scaled: Rows = x / divisor[:, None]
     rounded = np.rint(scaled)
@@ -296,6 +316,17 @@ def _decode_steps(codec: Codec, data: memoryview, out: Rows) -> None:
     if not np.isfinite(exceptions).all():
         raise FrameError("rows contain NaN or Inf")
     out[outside] = exceptions
+
+
+def _decode_ahead(data: memoryview, out: Rows, past: Past | None) -> None:
+    if past is None or past.x.shape != out.shape:
+        raise FrameError("rows are told by others that did not go before them here")
+    rows, hidden = out.shape
+    gains: Halves = np.frombuffer(data, "<u2", 2 * hidden).reshape(2, hidden)
+    weights: Halves = np.frombuffer(data, "<u2", 2 * rows, gains.nbytes).reshape(rows, 2)
+    _decode_steps(Codec.STEPS_ZLIB, data[gains.nbytes + weights.nbytes :], out)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out += predict(past, gains, weights)
 
 
 def _pack(codec: Codec, coded: NDArray[np.int8]) -> bytes:

@@ -1,7 +1,7 @@
 """The decoder: tokens in, logits out, leg by leg along a request's way.
 
 A leg here is run at once; one elsewhere is a call to its device, which keeps the keys and values of
-its layers, and rows go there and come back: the residual stream, whole. A request keeps the way it
+its layers, and rows go there and come back: the residual stream. A request keeps the way it
 set out on, whatever newer tables say, until it cannot be followed: a device does not answer, was
 restarted, serves that span no longer, or its answer is late. Then the whole journey ends in LegLost
 and the scheduler begins another from the request's tokens; the device is left out for LOST_S, in
@@ -17,8 +17,8 @@ from coeld.datapath.frames import POSITION_MAX, SpanCall
 from coeld.datapath.journey import Journey
 from coeld.datapath.legs import run_leg
 from coeld.datapath.ports import Cache, Lane, Rows
+from coeld.datapath.quality import Quality
 from coeld.datapath.request import LegLost, Request
-from coeld.datapath.split import Split
 from coeld.datapath.uses import Uses
 from coeld.datapath.ways import Way, way_of
 from coeld.errors import CacheLost, PeerError, PeerRefused
@@ -67,14 +67,13 @@ class Decoder:
         """
         errand = _Errand(self, journey, request)
         here, count = journey.here, len(tokens)
-        lossy = request.quality.kl_budget > 0
-        request.quality.begin(count, self._dispatcher.shared(self._layers) if lossy else 0)
+        request.quality.begin(count, self._layers, *self._places(journey.way, request.quality))
         x = self._lane.embed(tokens)
         for leg in journey.way:
             last = leg.stop == self._layers
             if leg.node != self._dispatcher.me:
                 keep = count - min(rows) if last else count
-                x = self._elsewhere(journey, leg, x, keep, errand.split)
+                x = self._elsewhere(journey, leg, x, keep, errand)
                 if last:
                     there = [row - count + keep for row in rows]
                     x = self._here(here, x, Leg(leg.node, leg.stop, leg.stop), there, errand)
@@ -92,7 +91,16 @@ class Decoder:
         except PeerRefused as exc:
             raise LegLost(str(exc)) from exc
 
-    def _elsewhere(self, journey: Journey, leg: Leg, x: Rows, keep: int, split: Split) -> Rows:
+    def _places(self, way: Way, quality: Quality) -> tuple[int, int]:
+        """Where rows of a pass may leave this device: cuts, and legs elsewhere. None of an exact
+        one are counted."""
+        if quality.kl_budget <= 0:
+            return 0, 0
+        mine = [leg for leg in way if leg.node == self._dispatcher.me]
+        cuts = sum(self._dispatcher.shared(range(leg.first, leg.stop)) for leg in mine)
+        return cuts, len(way) - len(mine)
+
+    def _elsewhere(self, journey: Journey, leg: Leg, x: Rows, keep: int, errand: "_Errand") -> Rows:
         table = self._dispatcher.board.table
         address = table.addresses.get(leg.node) if table is not None else None
         if address is None:
@@ -102,7 +110,8 @@ class Decoder:
         journey.asked.add(leg.node)
         started_s = time.monotonic()
         try:
-            reply = self._dispatcher.peers.span(leg.node, address, asked, x)
+            errors = errand.quality.hop_errors()
+            reply = self._dispatcher.peers.span(leg.node, address, asked, x, errors)
             rows = reply.result()
         except PeerError as exc:
             if not isinstance(exc, CacheLost):
@@ -110,9 +119,11 @@ class Decoder:
             if not isinstance(exc, PeerRefused):  # who refuses is alive
                 self._dispatcher.on_failure(leg.node, exc)
             raise LegLost(str(exc)) from exc
+        split, traffic = errand.split, reply.traffic
         split.away(time.monotonic() - started_s, reply.computed_us / 1e6)
-        split.sent_bytes += x.nbytes
-        split.received_bytes += rows.nbytes
+        split.sent_bytes += traffic.sent_bytes
+        split.received_bytes += traffic.received_bytes
+        errand.quality.count_hop(traffic, len(x), x.size + rows.size)
         return rows
 
     def way(self) -> Way:

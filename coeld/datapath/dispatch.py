@@ -18,7 +18,7 @@ not come before the deadline of a call.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -135,9 +135,9 @@ class Dispatcher:
             waiter.split.wait_s += stall_s
         return total
 
-    def shared(self, layers: int) -> int:
-        """How many of the model's layers are not wholly here."""
-        return sum(len(self.runner.here(layer)) < self.experts for layer in range(layers))
+    def shared(self, layers: Iterable[int]) -> int:
+        """How many of these layers are not wholly here."""
+        return sum(len(self.runner.here(layer)) < self.experts for layer in layers)
 
     def _chosen(self, gates: Gates | None) -> frozenset[int]:
         """The experts that some row needs."""
@@ -158,10 +158,11 @@ class Dispatcher:
         if shares is None:
             return None
         split, quality = waiter.split, waiter.quality
+        errors = quality.errors(layer)
         started_s, here_s, branches = time.monotonic(), 0.0, []
         for nodes, experts in shares.calls.items():
             ids = sorted(experts)
-            branch = Branch(ids, nodes, *_rows_for(ids, x, gates), quality.errors)
+            branch = Branch(ids, nodes, *_rows_for(ids, x, gates), errors)
             self._branches.begin(layer, branch, shares.addresses)
             branches.append(branch)
         parts: list[Rows] = []
@@ -180,7 +181,7 @@ class Dispatcher:
         for branch in branches:
             assert branch.part is not None
             rows, hidden = branch.x.shape
-            quality.count(branch.traffic, rows, hidden, len(branches) + bool(shares.here))
+            quality.count(layer, branch.traffic, rows, hidden, len(branches) + bool(shares.here))
             parts.append(_spread(branch.part, branch.picked, len(x)))
             gates_bytes = 0 if branch.gates is None else branch.gates.nbytes
             split.sent_bytes += branch.traffic.sent_bytes + gates_bytes

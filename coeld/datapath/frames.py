@@ -2,23 +2,24 @@
 
     offset  size  field
     0       4     magic "CoEL"
-    4       1     version (4)
+    4       1     version (5)
     5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4, SPAN 5, FREE 6
     6       1     codec of the rows (coeld.compression.wire): 0 none, 1 float32, …
-    7       1     flags: 1 if gate weights are there
+    7       1     flags: 1 gate weights are there, 2 the next call may refer to these rows
     8       4     call id: a RESULT or ERROR repeats that of its request
     12      2     layer; of a SPAN the first one
     14      2     experts: how many expert ids precede the rows; of a SPAN how many layers
     16      4     rows
     20      4     hidden: values per row
     24      4     payload bytes after this header
-    28      4     float32 error: of EXPERTS, what the answer may make; of RESULT, what it made
+    28      4     float32 error: of EXPERTS, SPAN: what the answer may make; of RESULT: what it made
 
 All little-endian. EXPERTS carries `experts` uint16 ids, padded to a multiple of 4 bytes, then, with
 the flag, the gate weights (rows, experts) float32, then the rows once; RESULT carries uint32
 microseconds of compute, then one row per row: the sum over those experts of gate weight (without
-the flag: 1) times output. HELLO and ERROR carry JSON. Rows travel as their codec says, those of a
-SPAN as float32.
+the flag: 1) times output. HELLO and ERROR carry JSON. Rows travel as their codec says. Those of
+STEPS_AHEAD refer to the EXPERTS before on this connection, which must have had flag 2 (for rows in
+steps only) and a RESULT.
 
 SPAN asks for whole layers, attention and KV cache included: three uint32 (the caller's number of
 the request; its position: tokens that the cache there holds; how many of the last rows to answer
@@ -37,12 +38,14 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from coeld.compression.wire import ERROR_MAX, Codec, Encoded, decode, payload_bytes
+from coeld.compression.prediction import Past
+from coeld.compression.transfer import Coded
+from coeld.compression.wire import ERROR_MAX, STEPS, Codec, decode, payload_bytes
 from coeld.errors import CacheLost, FrameError, PeerError, PeerRefused
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
 MAGIC: Final = b"CoEL"
-VERSION: Final = 4
+VERSION: Final = 5
 HEADER: Final = struct.Struct("<4sBBBBIHHIIIf")
 ROWS_MAX: Final = 512
 """Twice a prompt chunk; what a peer can make the arena of activations grow by."""
@@ -52,12 +55,10 @@ PAYLOAD_BYTES_MAX: Final = 64 << 20
 TEXT_BYTES_MAX: Final = 4096
 POSITION_MAX: Final = 1 << 24
 """Tokens in a cache: more than any context."""
+GATED, KEPT = 1, 2
+"""Flags."""
 SPAN_HEAD: Final = struct.Struct("<III")
 COMPUTED: Final = struct.Struct("<I")
-
-
-Coded = tuple[Codec, Encoded]
-"""Rows ready to be sent (coeld.compression.transfer.encode_within)."""
 
 
 class Kind(IntEnum):
@@ -87,6 +88,8 @@ class Header(NamedTuple):
     payload_bytes: int
     gated: bool = False
     """Gate weights precede the rows."""
+    kept: bool = False
+    """Both ends keep rows and answer: the next call's rows may refer to them."""
     codec: Codec = Codec.FLOAT32
     error: float = 0.0
     """Relative, of rows: see above."""
@@ -126,8 +129,9 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
     try:
         codec = Codec(dtype or Codec.FLOAT32)
         header = Header(
-            Kind(kind), call_id, layer, experts, rows, hidden, size, flags == 1, codec, error
-        )
+            Kind(kind), call_id, layer, experts, rows, hidden, size,
+            bool(flags & GATED), bool(flags & KEPT), codec, error,
+        )  # fmt: skip
     except ValueError:
         raise FrameError(f"unknown kind of frame {kind}, or unknown codec {dtype}") from None
     if header.kind in (Kind.EXPERTS, Kind.RESULT, Kind.SPAN):
@@ -136,8 +140,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         least, most = before + least, before + most
         fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype > 0
         fits = fits and 0 <= error <= ERROR_MAX  # not so for NaN
-        exact = codec is Codec.FLOAT32 and error == 0
-        fits = fits and (exact or header.kind is not Kind.SPAN)
+        fits = fits and (codec is not Codec.STEPS_AHEAD or header.kind is Kind.EXPERTS)
         counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
         fits = fits and counts and (experts > 0) == (header.kind is not Kind.RESULT)
         fits = fits and (header.kind is not Kind.SPAN or layer + experts <= LAYERS_MAX)
@@ -146,7 +149,8 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         fits = dtype == layer == experts == rows == hidden == error == 0
     else:
         least, most, fits = size, size, size <= TEXT_BYTES_MAX and dtype == error == 0
-    flagged = flags == 0 or (flags == 1 and header.kind is Kind.EXPERTS)
+    flagged = flags == 0 or (flags <= GATED | KEPT and header.kind is Kind.EXPERTS)
+    flagged = flagged and (codec in STEPS or not header.kept)
     if not flagged or not fits or not least <= size <= most or size > PAYLOAD_BYTES_MAX:
         raise FrameError(
             f"frame out of limits: {header.kind.name} with {experts} experts, {rows} rows of "
@@ -163,11 +167,12 @@ def pack_experts(
     gates: NDArray[np.float32] | None = None,
     coded: Coded | None = None,
     answer_error: float = 0.0,
+    keep: bool = False,
 ) -> list[bytes | memoryview]:
     """An EXPERTS frame in pieces for scatter/gather sending; x (n, H) is not copied.
 
     `gates` (n, len(experts)), None: all 1. `coded` is `x` encoded, None: float32; the answer may
-    err by `answer_error`.
+    err by `answer_error`; `keep`: the next call may refer to these rows.
     """
     ids = np.asarray(experts, "<u2").tobytes()
     ids = ids.ljust(_padded(len(ids)), b"\0")
@@ -175,7 +180,7 @@ def pack_experts(
     rows, hidden = x.shape
     codec, pieces = _pieces(x, coded)
     size = len(ids) + len(weights) + sum(map(len, pieces))
-    flags, count = int(gates is not None), len(experts)
+    flags, count = GATED * (gates is not None) | KEPT * keep, len(experts)
     head = HEADER.pack(
         MAGIC, VERSION, Kind.EXPERTS, codec, flags, call_id, layer, count, rows, hidden, size,
         answer_error,
@@ -202,15 +207,23 @@ def pack_result(
     return [head + took, *pieces]
 
 
-def pack_span(call_id: int, call: SpanCall, x: NDArray[np.float32]) -> list[bytes | memoryview]:
-    """A SPAN frame for x (n, H), which is not copied."""
+def pack_span(
+    call_id: int,
+    call: SpanCall,
+    x: NDArray[np.float32],
+    coded: Coded | None = None,
+    answer_error: float = 0.0,
+) -> list[bytes | memoryview]:
+    """A SPAN frame for x (n, H), which is not copied; `coded` and `answer_error` as above."""
     rows, hidden = x.shape
-    layers, size = call.stop - call.first, SPAN_HEAD.size + x.nbytes
+    codec, pieces = _pieces(x, coded)
+    layers, size = call.stop - call.first, SPAN_HEAD.size + sum(map(len, pieces))
     head = HEADER.pack(
-        MAGIC, VERSION, Kind.SPAN, 1, 0, call_id, call.first, layers, rows, hidden, size, 0.0
-    )
+        MAGIC, VERSION, Kind.SPAN, codec, 0, call_id, call.first, layers, rows, hidden, size,
+        answer_error,
+    )  # fmt: skip
     numbers = SPAN_HEAD.pack(call.number, call.position, call.keep)
-    return [head + numbers, np.ascontiguousarray(x).data.cast("B")]
+    return [head + numbers, *pieces]
 
 
 def pack_free(number: int) -> list[bytes | memoryview]:
@@ -228,11 +241,13 @@ def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | m
 
 
 def unpack_experts(
-    header: Header, payload: memoryview
+    header: Header, payload: memoryview, past: Past | None = None
 ) -> tuple[tuple[int, ...], NDArray[np.float32], NDArray[np.float32] | None]:
-    """Expert ids (m,), rows (n, H) and gate weights (n, m), views of `payload`; None: all 1.
+    """Expert ids (m,), rows (n, H) and gate weights (n, m), None: all 1. Gate weights and float32
+    rows are views of `payload`.
 
-    Raises FrameError on repeated ids, on NaN or Inf, and on negative gate weights.
+    Raises FrameError on repeated ids, on NaN or Inf, on negative gate weights, and on rows that
+    refer to a past which is not `past`.
     """
     experts = tuple(np.frombuffer(payload, "<u2", header.experts).tolist())
     if len(set(experts)) != header.experts:
@@ -244,7 +259,7 @@ def unpack_experts(
         if not np.isfinite(gates).all() or gates.min() < 0:
             raise FrameError("gate weights are negative, NaN or Inf")
         gates = gates.reshape(header.rows, header.experts)
-    return experts, _rows(header, payload[at + header.gates_bytes :]), gates
+    return experts, _rows(header, payload[at + header.gates_bytes :], past), gates
 
 
 def unpack_result(header: Header, payload: memoryview) -> tuple[NDArray[np.float32], int]:
@@ -288,10 +303,10 @@ def refusal(payload: memoryview) -> PeerRefused:
     return kind(str(value.get("message", "no reason given")))
 
 
-def _rows(header: Header, payload: memoryview) -> NDArray[np.float32]:
+def _rows(header: Header, payload: memoryview, past: Past | None = None) -> NDArray[np.float32]:
     if header.codec is not Codec.FLOAT32:
         out = np.empty((header.rows, header.hidden), np.float32)
-        decode(header.codec, payload, out)
+        decode(header.codec, payload, out, past)
         return out
     rows = np.frombuffer(payload, "<f4", header.rows * header.hidden)
     if not np.isfinite(rows).all():

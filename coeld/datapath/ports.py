@@ -108,6 +108,7 @@ class Reply(Protocol):
 
     computed_us: int
     """Of the time it took, what the peer computed."""
+    traffic: Traffic
 
     def result(self) -> Rows:
         """Wait for the rows (n, H). Raises PeerError; ends at the call's deadline."""
@@ -150,9 +151,17 @@ class PeerLink(Protocol):
         """Another peer was quicker. Does nothing if it has ended."""
         ...
 
-    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> Reply:
+    def span(
+        self,
+        node: NodeId,
+        address: tuple[str, int],
+        asked: SpanCall,
+        x: Rows,
+        errors: Errors,
+        /,
+    ) -> Reply:
         """Have a peer run whole layers; its answer is the residual stream of the last
-        `asked.keep` rows. One thread. Raises PeerError."""
+        `asked.keep` rows. Rows and answer may err by `errors`. One thread. Raises PeerError."""
         ...
 
     def free(self, node: NodeId, number: int) -> None:

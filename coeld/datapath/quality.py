@@ -2,15 +2,17 @@
 
 A request may cost its answer `kl_budget` nats per token (mean KL of its predictions); 0, the
 default, is exact: rows travel as float32 and answers have the bits of one device. The budget is
-shared out equally over the transfers that a token makes, two for every layer whose experts are not
-all here (`coeld.compression.transfer`). Senders compute the error of what they encode, so what was
-spent is a sum of what happened, with the sensitivity of a typical layer; it is reported with the
-answer. Rows of spans, the residual stream, always travel whole.
+shared out equally over the transfers that a token makes: two for every layer whose experts are not
+all here, two for every leg elsewhere (`coeld.compression.transfer`). Senders compute the error of
+what they encode, so what was spent is a sum of what happened, times the sensitivity of the place;
+it is reported with the answer.
 """
 
 from dataclasses import dataclass
 
-from coeld.compression.transfer import SENSITIVITY, error_allowed
+from coeld.compression.rotation import Rows
+from coeld.compression.transfer import SENSITIVITY_HOP, Coded, error_allowed, sensitivity
+from coeld.compression.wire import ERROR_MAX
 
 Errors = tuple[float, float]
 """Relative errors that are allowed, or were made: of rows on their way out, of results back."""
@@ -25,14 +27,24 @@ class Traffic:
     received_bytes: int = 0
     errors: Errors = EXACT
 
+    @staticmethod
+    def out(x: Rows, coded: Coded | None) -> "Traffic":
+        """Of a call that sends rows x as they were coded; None: as they are."""
+        if coded is None:
+            return Traffic(x.nbytes)
+        _codec, encoded = coded
+        return Traffic(encoded.size, 0, (encoded.error, 0.0))
+
+    def back(self, received_bytes: int, error: float) -> "Traffic":
+        """Of the same call with its answer."""
+        return Traffic(self.sent_bytes, received_bytes, (self.errors[0], error))
+
 
 @dataclass(slots=True)
 class Quality:
     """Of one request."""
 
     kl_budget: float = 0.0
-    errors: Errors = EXACT
-    """What the calls of the present pass may err."""
     rows_bytes: int = 0
     """Rows sent and received, as they were encoded."""
     float32_bytes: int = 0
@@ -40,19 +52,43 @@ class Quality:
     tokens: int = 0
     kl_sum: float = 0.0
     """Estimated, over all tokens."""
+    layers: int = 0
+    """Of the model."""
+    transfers: int = 0
+    """That each token of the present pass may make; 0 in exact mode."""
 
-    def begin(self, tokens: int, layers: int) -> None:
-        """A pass of `tokens` begins, in which `layers` may need peers."""
-        error = error_allowed(self.kl_budget, 2 * layers) if layers else 0.0
-        self.errors = error, error
+    def begin(self, tokens: int, layers: int, cuts: int, hops: int) -> None:
+        """A pass of `tokens` through `layers` begins, of which `cuts` may need peers; `hops` legs
+        are elsewhere."""
+        self.layers, self.transfers = layers, 2 * (cuts + hops)
         self.tokens += tokens
 
-    def count(self, traffic: Traffic, rows: int, hidden: int, branches: int) -> None:
+    def errors(self, layer: int) -> Errors:
+        """What calls for the experts of a layer may err."""
+        return self._allowed(sensitivity(layer, self.layers)) if self.transfers else EXACT
+
+    def hop_errors(self) -> Errors:
+        """What a leg elsewhere may err."""
+        return self._allowed((SENSITIVITY_HOP, SENSITIVITY_HOP)) if self.transfers else EXACT
+
+    def count(self, layer: int, traffic: Traffic, rows: int, hidden: int, branches: int) -> None:
         """A call for one of a layer's `branches` has been answered."""
+        c = sensitivity(layer, self.layers)
+        self._add(traffic, c, rows / branches, 2 * rows * hidden)
+
+    def count_hop(self, traffic: Traffic, rows: int, values: int) -> None:
+        """A leg elsewhere has been answered; `values` went there and came back."""
+        self._add(traffic, (SENSITIVITY_HOP, SENSITIVITY_HOP), rows, values)
+
+    def _allowed(self, c: tuple[float, float]) -> Errors:
+        out, back = (error_allowed(self.kl_budget, self.transfers, each) for each in c)
+        return min(out, ERROR_MAX), min(back, ERROR_MAX)
+
+    def _add(self, traffic: Traffic, c: tuple[float, float], rows: float, values: int) -> None:
         self.rows_bytes += traffic.sent_bytes + traffic.received_bytes
-        self.float32_bytes += 8 * rows * hidden
+        self.float32_bytes += 4 * values
         out, back = traffic.errors
-        self.kl_sum += SENSITIVITY * (out * out + back * back) * rows / branches
+        self.kl_sum += rows * (c[0] * out * out + c[1] * back * back)
 
     @property
     def kl_estimate(self) -> float:

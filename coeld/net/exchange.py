@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.compression.prediction import Past
 from coeld.compression.transfer import LinkSpeed
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header, Kind
@@ -55,6 +56,8 @@ class ExpertCall:
     computed_us: int = 0
     """Of its time, what the peer computed."""
     traffic: Traffic = field(default_factory=Traffic)
+    sent: Rows | None = None
+    """Its rows as the peer has them, if the next call may refer to them."""
 
     @property
     def node(self) -> NodeId:
@@ -75,6 +78,8 @@ class Exchange:
     call: ExpertCall | None = None
     silent_s: float = 0.0
     """When it was last seen without a complete answer."""
+    past: Past | None = None
+    """What the last call left on both ends."""
     _greeted: bool = False
     _out: deque[memoryview] = field(default_factory=deque)
     _in: bytearray = field(default_factory=lambda: bytearray(1 << 14))
@@ -114,7 +119,7 @@ class Exchange:
         """Queue a call. `pieces` must not change before they are sent. Raises PeerError."""
         assert self.call is None
         self._out.extend(map(memoryview, pieces))
-        self.call, self.silent_s = call, call.started_s
+        self.call, self.silent_s, self.past = call, call.started_s, None
         with peer_errors():
             self._send()
 
@@ -204,8 +209,9 @@ class Exchange:
             rows, call.computed_us = frames.unpack_result(header, payload)
             call.outcome = rows.copy()  # the buffer is the connection's
             received_bytes = header.payload_bytes - frames.COMPUTED.size
-            errors = call.traffic.errors[0], header.error
-            call.traffic = Traffic(call.traffic.sent_bytes, received_bytes, errors)
+            call.traffic = call.traffic.back(received_bytes, header.error)
+            if call.sent is not None:
+                self.past = Past(call.sent, call.outcome)
         self.call = None
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from coeld.compression.transfer import LinkSpeed, encode_for
+from coeld.compression.transfer import LinkSpeed, encode_for, leaves_past, received
 from coeld.datapath import frames
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Errors, Traffic
@@ -94,17 +94,18 @@ class ExpertCalls:
         deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
         first = not exchange.greeted
         call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
-        coded = encode_for(self.links.get(node), x, errors[0])
-        if coded is not None:
-            call.traffic = Traffic(coded[1].size, 0, (coded[1].error, 0.0))
-        else:
-            call.traffic = Traffic(x.nbytes)
-        pieces = frames.pack_experts(call_id, layer, experts, x, gates, coded, errors[1])
+        past, link = exchange.past, self.links.get(node)
+        coded = encode_for(link, x, errors[0], past)
+        keep = leaves_past(link, coded)
+        call.traffic = Traffic.out(x, coded)
+        pieces = frames.pack_experts(call_id, layer, experts, x, gates, coded, errors[1], keep)
         try:
             exchange.begin(call, pieces)
         except PeerError as exc:
             self._break(exchange, exc)
             raise
+        if keep:
+            call.sent = received(x, coded, past)
         return call
 
     def ready(self, calls: Sequence[ExpertCall], until_s: float) -> list[ExpertCall]:

@@ -21,9 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from coeld.compression.transfer import encode_for
+from coeld.compression.prediction import Past
+from coeld.compression.transfer import encode_for, received
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, Header, Kind, SpanCall
+from coeld.datapath.frames import COMPUTED, HEADER, Header, Kind, SpanCall
+from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.exchange import OPTIONS, Rows, link_of, peer_errors
@@ -72,6 +74,8 @@ class Connection:
             sock.setsockopt(level, option, value)
         sock.settimeout(None)
         self.sock = sock
+        self.past: Past | None = None
+        """What the last call of experts left on both ends."""
         self._in = bytearray(RECEIVE_BYTES)
         self._have = 0
         self._taken = 0
@@ -257,7 +261,8 @@ class PeerServer:
             if header.hidden != self._hidden:
                 raise FrameError(f"rows of {header.hidden}, not of {self._hidden}")
             if header.kind is Kind.EXPERTS and self._run is not None:
-                experts, x, gates = frames.unpack_experts(header, payload)
+                past, connection.past = connection.past, None
+                experts, x, gates = frames.unpack_experts(header, payload, past)
                 y = self._run(header.layer, experts, x, gates)
             elif header.kind is Kind.SPAN and host is not None:
                 asked, x = frames.unpack_span(header, payload)
@@ -269,6 +274,8 @@ class PeerServer:
         computed_us = int((time.monotonic() - started_s) * 1e6)
         link = link_of(connection.sock) if header.error > 0 else None
         coded = encode_for(link, y, header.error)
+        if header.kept:
+            connection.past = Past(x, received(y, coded))
         return frames.pack_result(header.call_id, header.layer, y, computed_us, coded)
 
 
@@ -284,6 +291,7 @@ class SpanReply:
     """Layer, and the shape of the answer."""
     started_s: float
     deadline_s: float
+    traffic: Traffic
     computed_us: int = 0
     """Of its time, what the peer computed."""
 
@@ -309,6 +317,7 @@ class SpanReply:
         stats = self.pool.stats_of(self.node)
         stats.calls += 1
         stats.rtt_us.append(int((time.monotonic() - self.started_s) * 1e6))
+        self.traffic = self.traffic.back(header.payload_bytes - COMPUTED.size, header.error)
         return rows.copy()  # the buffer is the connection's
 
 
@@ -332,18 +341,29 @@ class PeerPool:
         self.result, self.give_up = calls.result, calls.give_up
         self.paces, self.links, self.stats_of = calls.paces, calls.links, calls.stats_of
 
-    def span(self, node: NodeId, address: tuple[str, int], asked: SpanCall, x: Rows) -> SpanReply:
-        """Send rows (n, H) of a request through layers of a peer. Raises PeerError."""
+    def span(
+        self,
+        node: NodeId,
+        address: tuple[str, int],
+        asked: SpanCall,
+        x: Rows,
+        errors: Errors = EXACT,
+    ) -> SpanReply:
+        """Send rows (n, H) of a request, which may err so much, through layers of a peer. Raises
+        PeerError."""
         known = self._spans.get(node)
         if known is None or known[0] != address:
             if known is not None:
                 known[1].close()
             known = self._spans[node] = address, self._opened(node, address)
         connection, call_id = known[1], next(self._ids) & 0xFFFFFFFF
-        pieces = frames.pack_span(call_id, asked, x)
+        link = link_of(connection.sock) if errors[0] > 0 else None
+        coded = encode_for(link, x, errors[0])
+        sent = Traffic.out(x, coded)
+        pieces = frames.pack_span(call_id, asked, x, coded, errors[1])
         left_s = self._send(node, connection, pieces, len(x) * (asked.stop - asked.first))
         now, answer = time.monotonic(), (asked.first, (asked.keep, x.shape[1]))
-        return SpanReply(self, node, connection, call_id, answer, now, now + left_s)
+        return SpanReply(self, node, connection, call_id, answer, now, now + left_s, sent)
 
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop a request's caches; one that cannot be reached has none."""

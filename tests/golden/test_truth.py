@@ -9,15 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coeld.engine.measure import ME, NoPeers, logits_of, perplexity
+from coeld.compression.transfer import LinkSpeed
+from coeld.datapath.quality import Quality
+from coeld.datapath.request import Request
+from coeld.engine.measure import ME, NoPeers, Silent, logits_of, perplexity
 from coeld.engine.open_model import OpenModel
 from coeld.errors import BadRequest
 from coeld.ids import Lot, NodeId
 from coeld.model.catalogue import find
 from coeld.model.fetch import fetched
 from coeld.model.store import Store
-from coeld.net.peers import Introduction, PeerPool
-from coeld.routes import Leg
+from coeld.net import expert_calls, peers
+from coeld.net.peers import Introduction, PeerPool, PeerServer
+from coeld.routes import Leg, RouteTable
 from tests.conftest import REAL_MODEL
 from tests.harness.engine import swarm_of, swarm_with_table
 from tests.reference import gguf_numpy
@@ -216,3 +220,42 @@ def test_logits_with_split_layers_stay_within_the_error_of_int8(model, decoder_o
     print(f"logits differ by {np.median(difference):.3f} (median), {difference.max():.3f} (max)")
     print(f"mean KL {kl:.5f}")
     assert kl <= 0.01
+
+
+def test_what_a_slow_link_loses_is_within_the_budget_and_about_what_was_estimated(
+    model, real_store, monkeypatch
+) -> None:
+    """Every layer at a peer, rows and answers in steps, told ahead from layer to layer: all is
+    real but the link, which is on this machine and believed to be slow."""
+    slow = LinkSpeed(0.02, 1e6)
+    monkeypatch.setattr(peers, "link_of", lambda _sock: slow)
+    monkeypatch.setattr(expert_calls, "link_of", lambda _sock: slow)
+    manifest, owner, budget = real_store.manifest(REAL_MODEL), NODES[1], 0.02
+    lots = manifest.demand().lots()
+    serving = OpenModel(manifest, real_store, me=owner, peers=NoPeers(), context_tokens=512)
+    serving.experts.load(lots)
+    server = PeerServer("127.0.0.1", 0)
+    introduction = Introduction("s", manifest.hash, owner)
+    server.serve(introduction, manifest.shape.hidden, serving.experts.run)
+    pool = PeerPool(Introduction("s", manifest.hash, ME), 5.0)
+    pool.links[owner] = slow
+    asking = OpenModel(manifest, real_store, me=ME, peers=pool, context_tokens=512)
+    owners = dict.fromkeys(manifest.demand().lots(), (owner,))
+    asking.board.pin(RouteTable(manifest.hash, 1, owners, {owner: (server.host, server.port)}))
+    asking.refit()
+    tokens = model.text.encode(TEXT)[:256]
+    request = Request("lossy", tokens, 0, Silent(), quality=Quality(budget))
+    try:
+        journey = asking.decoder.depart()
+        found = log_softmax(asking.decoder.forward(journey, tokens, range(256), request))
+    finally:
+        pool.close()
+        server.close()
+    expected = log_softmax(logits_of(model, tokens, range(256)))
+    kl = float((np.exp(expected) * (expected - found)).sum(-1).mean())
+    quality = request.quality
+    share = 2 * quality.rows_bytes / quality.float32_bytes
+    print(f"KL {kl:.4f}, estimated {quality.kl_estimate:.4f}, {share:.1%} of the bytes of fp16")
+    assert 0.4 * quality.kl_estimate < kl < 1.5 * quality.kl_estimate
+    assert quality.kl_estimate <= budget
+    assert share < 0.27

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from coeld.compression import wire
+from coeld.compression.bfloat16 import to_bfloat16
+from coeld.compression.prediction import Forecast, Past, predict
 from coeld.compression.rotation import block_of, rotate, rotate_back
 from coeld.compression.wire import Codec, decode, encode, payload_bytes, relative_error
 from coeld.errors import FrameError
 
 CODECS = wire.available()
 FIXED = [codec for codec in CODECS if codec not in wire.STEPS]
+ALONE = [c for c in CODECS if c in wire.STEPS and c is not Codec.STEPS_AHEAD]
 SHAPES = [(1, 1), (1, 64), (3, 7), (5, 100), (2, 576), (17, 130), (4, 1024), (1, 4096)]
 
 
@@ -31,10 +34,20 @@ def joined(encoded: wire.Encoded) -> bytes:
     return b"".join(encoded.pieces)
 
 
+def told(x: np.ndarray) -> tuple[Past, Forecast]:
+    """Rows a little like x, which the next ones are predicted to repeat."""
+    noise = np.random.default_rng(x.size).standard_normal(x.shape).astype(np.float32)
+    past = Past(x * (1 + 0.3 * noise), noise)
+    gains = to_bfloat16(np.ones((2, x.shape[1]), np.float32))
+    weights = to_bfloat16(np.tile(np.array([[0.9, 0.0]], np.float32), (len(x), 1)))
+    return past, Forecast(gains, weights, predict(past, gains, weights), 0.0)
+
+
 def there_and_back(codec: Codec, x: np.ndarray, error: float = 0.05) -> tuple[np.ndarray, float]:
-    encoded = encode(codec, x, error)
+    past, forecast = told(x) if codec is Codec.STEPS_AHEAD else (None, None)
+    encoded = encode(codec, x, error, forecast)
     out = np.full_like(x, np.nan)
-    decode(codec, joined(encoded), out)
+    decode(codec, joined(encoded), out, past)
     return out, encoded.error
 
 
@@ -55,7 +68,8 @@ def test_the_error_is_the_one_that_was_said(codec: Codec, seed: int) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_size_is_known_before(codec: Codec, shape: tuple[int, int]) -> None:
-    encoded = encode(codec, rows_like_activations(1, *shape), 0.05)
+    x = rows_like_activations(1, *shape)
+    encoded = encode(codec, x, 0.05, told(x)[1])
     least, most = payload_bytes(codec, *shape)
     assert len(joined(encoded)) == encoded.size
     assert least <= encoded.size <= most
@@ -132,7 +146,7 @@ def test_rotation_tames_outliers_and_constant_rows(seed: int) -> None:
     assert abs(rotate(np.ones((1, 1024), np.float32))).max() <= 1.01
 
 
-@pytest.mark.parametrize("codec", [c for c in CODECS if c in wire.STEPS])
+@pytest.mark.parametrize("codec", ALONE)
 @pytest.mark.parametrize("error", [0.003, 0.02, 0.1, 0.2])
 def test_steps_err_as_told_and_cost_about_the_entropy(codec: Codec, error: float) -> None:
     x = np.random.default_rng(3).standard_normal((64, 1024), np.float32)
@@ -158,7 +172,8 @@ def test_damaged_payloads_are_refused_or_give_finite_rows(codec: Codec, seed: in
     """Whatever the bytes are: a FrameError, or rows without NaN and Inf; nothing else."""
     rng = Random(seed)
     x = rows_like_activations(seed, 3, 70)
-    whole = joined(encode(codec, x, 0.05))
+    past, forecast = told(x)
+    whole = joined(encode(codec, x, 0.05, forecast))
     out = np.empty_like(x)
     refused = 0
     for _ in range(60):
@@ -171,7 +186,7 @@ def test_damaged_payloads_are_refused_or_give_finite_rows(codec: Codec, seed: in
             case 1:
                 data += rng.randbytes(rng.randint(1, 9))
         try:
-            decode(codec, bytes(data), out)
+            decode(codec, bytes(data), out, past)
         except FrameError:
             refused += 1
         else:
@@ -189,7 +204,21 @@ def test_numbers_that_are_none_are_refused(codec: Codec) -> None:
             decode(codec, payload, np.empty((1, 8), np.float32))
 
 
-@pytest.mark.parametrize("codec", [c for c in CODECS if c in wire.STEPS])
+def test_a_prediction_that_cannot_be_made_or_is_no_number_is_refused() -> None:
+    x = rows_like_activations(1, 3, 70)
+    past, forecast = told(x)
+    payload = bytearray(joined(encode(Codec.STEPS_AHEAD, x, 0.05, forecast)))
+    out = np.empty_like(x)
+    for wrong in (None, Past(past.x[:2], past.y[:2])):
+        with pytest.raises(FrameError, match="did not go before"):
+            decode(Codec.STEPS_AHEAD, payload, out, wrong)
+    for bad in (np.nan, np.inf, 3e38):
+        payload[:2] = to_bfloat16(np.full(1, bad, np.float32)).tobytes()
+        with pytest.raises(FrameError, match="NaN or Inf"):
+            decode(Codec.STEPS_AHEAD, payload, out, Past(np.full_like(past.x, 1e9), past.y))
+
+
+@pytest.mark.parametrize("codec", ALONE)
 def test_a_bomb_is_not_unpacked(codec: Codec) -> None:
     zeros = np.zeros((1, 50_000_000), np.int8)
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from coeld.compression.transfer import SENSITIVITY
+from coeld.compression.transfer import SENSITIVITY_FIRST
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Quality, Traffic
@@ -334,15 +334,16 @@ def test_what_a_request_may_lose_goes_with_its_rows_and_what_it_lost_is_counted(
     made.run(0, X, None, asked)
     assert peers.errors == EXACT
     asked.quality = Quality(0.02)
-    asked.quality.begin(len(X), made.shared(10))
+    asked.quality.begin(len(X), 10, made.shared(range(10)), 0)
     made.run(0, X, None, asked)
-    expected = (0.02 / (2 * 10 * SENSITIVITY)) ** 0.5
-    assert peers.errors == pytest.approx((expected, expected))
+    expected = tuple((0.02 / (2 * 10 * c)) ** 0.5 for c in SENSITIVITY_FIRST)
+    assert peers.errors == pytest.approx(expected)
     assert asked.quality.rows_bytes == 2 * (100 + 50)
     assert asked.quality.float32_bytes == 2 * 2 * X.nbytes
     # Two of three branches came from peers.
-    assert asked.quality.kl_estimate == pytest.approx(SENSITIVITY * (0.03**2 + 0.04**2) * 2 / 3)
+    spent = SENSITIVITY_FIRST[0] * 0.03**2 + SENSITIVITY_FIRST[1] * 0.04**2
+    assert asked.quality.kl_estimate == pytest.approx(spent * 2 / 3)
 
 
 def test_layers_that_are_wholly_here_need_none_of_what_may_be_lost() -> None:
-    assert dispatcher(Runner(set(range(EXPERTS))), Peers({}), routes({})).shared(10) == 0
+    assert dispatcher(Runner(set(range(EXPERTS))), Peers({}), routes({})).shared(range(10)) == 0

@@ -5,8 +5,9 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.compression.prediction import Past, forecast
 from coeld.compression.transfer import WIRED
-from coeld.compression.wire import Codec, encode, relative_error
+from coeld.compression.wire import Codec, encode, loudness, relative_error
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import CacheLost, FrameError, PeerRefused
@@ -68,12 +69,51 @@ def test_coded_rows_cut_short_or_too_long_are_refused() -> None:
                 frames.unpack_result(*opened(bytes(bent)))
 
 
-def test_the_residual_stream_of_a_span_is_never_coded() -> None:
-    data = bytearray(joined(frames.pack_span(6, SpanCall(1, 0, 0, 2, 1), np.ones((1, 4), "f4"))))
-    data[6] = Codec.FLOAT16
-    data[24:28] = (12 + 8).to_bytes(4, "little")
+def ahead(x, past: Past):
+    told = forecast(past, x, loudness(x))
+    assert told is not None
+    return Codec.STEPS_AHEAD, encode(Codec.STEPS_AHEAD, x, 0.05, told)
+
+
+def test_rows_that_refer_to_those_before_need_them() -> None:
+    x, y, news = np.random.default_rng(1).standard_normal((3, 40, 64)).astype(np.float32)
+    past, following = Past(x, y), x + y + 0.1 * news
+    coded = ahead(following, past)
+    data = joined(frames.pack_experts(7, 3, [4], following, None, coded, 0.1, keep=True))
+    header, payload = opened(data)
+    assert (header.codec, header.kept) == (Codec.STEPS_AHEAD, True)
+    _found, back, _weights = frames.unpack_experts(header, payload, past)
+    assert relative_error(following, back) == pytest.approx(coded[1].error, rel=1e-3)
+    for other in (None, Past(x[1:], y[1:])):
+        with pytest.raises(FrameError, match="did not go before"):
+            frames.unpack_experts(header, payload, other)
+
+
+def test_only_calls_of_experts_refer_to_rows_before_and_only_steps_are_kept() -> None:
+    x, y, news = np.random.default_rng(1).standard_normal((3, 40, 64)).astype(np.float32)
+    coded = ahead(x + 0.1 * news, Past(x, y))
     with pytest.raises(FrameError, match="limits"):
-        frames.parse_header(bytes(data[: HEADER.size]))
+        opened(joined(frames.pack_result(7, 3, x, 0, coded)))
+    with pytest.raises(FrameError, match="limits"):
+        opened(joined(frames.pack_span(7, SpanCall(1, 0, 0, 2, 1), x, coded)))
+    with pytest.raises(FrameError, match="limits"):
+        opened(joined(frames.pack_experts(7, 3, [4], x, keep=True)))
+    for pieces in (frames.pack_result(7, 3, x), frames.pack_free(7)):
+        data = bytearray(joined(pieces))
+        data[7] = frames.KEPT
+        with pytest.raises(FrameError, match="limits"):
+            frames.parse_header(bytes(data[: HEADER.size]))
+
+
+@pytest.mark.parametrize("codec", [codec for codec in WIRED if codec is not Codec.FLOAT32])
+def test_the_residual_stream_of_a_span_may_be_coded(codec: Codec) -> None:
+    x = np.random.default_rng(codec).standard_normal((5, 72)).astype(np.float32)
+    coded, asked = (codec, encode(codec, x, 0.05)), SpanCall(1, 0, 0, 2, 1)
+    header, payload = opened(joined(frames.pack_span(6, asked, x, coded, 0.25)))
+    assert (header.codec, header.error) == (codec, 0.25)
+    found, back = frames.unpack_span(header, payload)
+    assert found == asked
+    assert relative_error(x, back) == pytest.approx(coded[1].error, rel=0.2)
 
 
 def test_results_and_texts_survive_the_journey() -> None:

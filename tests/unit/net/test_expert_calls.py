@@ -11,7 +11,7 @@ from coeld.compression.transfer import LinkSpeed
 from coeld.compression.wire import relative_error
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind
-from coeld.errors import FrameError, PeerError, PeerGone, PeerSlow
+from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net import peers
 from coeld.net.exchange import link_of
@@ -257,6 +257,47 @@ def test_rows_that_may_err_cross_a_slow_link_small_and_within_what_is_allowed(
     assert 0 < traffic.errors[0] <= 0.03
     assert 0 < traffic.errors[1] <= 0.05
     assert relative_error(MANY * 4, y) == pytest.approx(np.hypot(*traffic.errors), rel=0.1)
+
+
+def follow(pool: PeerPool, server: PeerServer, x, errors=(0.03, 0.05)):
+    call = pool.call(SERVER, (server.host, server.port), 1, [1, 2], x, None, errors)
+    assert relative_error(x * 4, pool.result(call)) <= np.hypot(*errors)
+    return call.traffic.sent_bytes
+
+
+def test_rows_like_those_of_the_call_before_are_told_in_fewer_bytes(wide_server, pool) -> None:
+    pool.links[SERVER] = SLOW_LINK
+    rng = np.random.default_rng(6)
+    x, sizes = MANY.copy(), []
+    for _ in range(5):
+        sizes.append(follow(pool, wide_server, x))
+        x = x + 0.05 * rng.standard_normal(x.shape).astype(np.float32)
+    assert max(sizes[1:]) < 0.8 * sizes[0]
+    # An exact call leaves nothing on either end; nor does one of other rows break anything.
+    ask_many(pool, wide_server, (0.0, 0.0))
+    assert follow(pool, wide_server, x) > 0.95 * sizes[0]
+    assert follow(pool, wide_server, MANY[::-1] * MANY) > 0.95 * sizes[0]
+    follow(pool, wide_server, MANY[:50])
+    assert (pool.stats()[SERVER].calls, pool.stats()[SERVER].failures) == (9, 0)
+
+
+def test_a_refused_call_leaves_nothing_to_refer_to(monkeypatch, pool) -> None:
+    monkeypatch.setattr(peers, "link_of", lambda _sock: SLOW_LINK)
+    refusing = iter([False, True, False])
+
+    def sometimes(layer, experts, x, gates):
+        if next(refusing):
+            raise PeerRefused("not now")
+        return run(layer, experts, x, gates)
+
+    made = PeerServer("127.0.0.1", 0)
+    made.serve(introduction(SERVER), MANY.shape[1], sometimes)
+    pool.links[SERVER] = SLOW_LINK
+    first = follow(pool, made, MANY)
+    with pytest.raises(PeerRefused):
+        follow(pool, made, MANY)
+    assert follow(pool, made, MANY) == first
+    made.close()
 
 
 def test_exact_rows_travel_whole_however_slow_the_link(wide_server, pool) -> None:

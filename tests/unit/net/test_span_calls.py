@@ -8,6 +8,8 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.compression.transfer import LinkSpeed
+from coeld.compression.wire import relative_error
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import CacheLost, PeerGone, PeerRefused, PeerSlow
@@ -87,6 +89,24 @@ def test_spans_of_all_requests_go_over_one_connection(server, pool, hosts) -> No
     assert [asked.number for asked in hosts[0].asked] == list(range(10, 30))
     assert len(hosts) == 1
     assert pool.stats()[SERVER].calls == 20
+
+
+def test_spans_whose_rows_may_err_cross_a_slow_link_small(pool, hosts, monkeypatch) -> None:
+    monkeypatch.setattr(peers, "link_of", lambda _sock: LinkSpeed(0.02, 1e6))
+    x = np.random.default_rng(4).standard_normal((64, 96)).astype(np.float32)
+    made = PeerServer("127.0.0.1", 0)
+    made.serve(Introduction("s", "m", SERVER), 96, lambda *_asked: X, Host)
+    address, asked = (made.host, made.port), SpanCall(1, 0, 0, 2, 64)
+    reply = pool.span(SERVER, address, asked, x, (0.03, 0.05))
+    assert relative_error(2 * x, reply.result()) <= np.hypot(0.03, 0.05)
+    traffic = reply.traffic
+    assert max(traffic.sent_bytes, traffic.received_bytes) < 0.25 * x.nbytes
+    assert (0 < traffic.errors[0] <= 0.03, 0 < traffic.errors[1] <= 0.05) == (True, True)
+    exact = pool.span(SERVER, address, asked, x)
+    assert np.array_equal(exact.result(), 2 * x)
+    assert (exact.traffic.sent_bytes, exact.traffic.received_bytes) == (x.nbytes, x.nbytes)
+    assert exact.traffic.errors == (0.0, 0.0)
+    made.close()
 
 
 def test_a_refusal_says_which_kind_it_is_and_keeps_the_caches(server, pool, hosts) -> None:
