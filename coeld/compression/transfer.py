@@ -48,7 +48,7 @@ SENSITIVITY_LAST: Final = (2.6, 2.5)
 measured on SmolLM2 (docs/benchmarks.md). Rows on their way out have been divided by their length;
 what enters the first layers reaches everything, what leaves the last one only the logits."""
 SENSITIVITY_HOP: Final = 2.6
-"""c of the residual stream between layers: measured there too; 1.0 to 2.4, 4.6 after the last."""
+"""c of the residual stream between layers: measured there too; 1.0 to 2.6, 4.6 after the last."""
 GAIN_MIN: Final = 0.1
 """A coarser codec must save this share of the time, or the finer one is used."""
 
