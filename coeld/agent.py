@@ -219,8 +219,8 @@ class Agent:
                 self._bus.connect(node, host, port)
             case Disconnect(node):
                 self._bus.disconnect(node)
-            case LoadLots(lots):
-                self._weights.load(self._open_model() or "", lots)
+            case LoadLots(lots, narrow):
+                self._weights.load(self._open_model() or "", lots, narrow)
             case DropLots(lots):
                 self._engine.drop(lots)
             case SwapRoutes(table):
@@ -332,6 +332,7 @@ class Agent:
             silence_ms=swarm.silence_ms,
             suspicion_ms=swarm.suspicion_ms,
             spans=swarm.spans,
+            narrow=self._config.memory.narrow,
         )
         return Node(self._identity.node, self._identity.incarnation, config, self._rng)
 

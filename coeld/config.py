@@ -85,6 +85,13 @@ class Memory:
         0,
         10_000_000,
     )
+    narrow: bool = _key(
+        True,
+        "While the swarm lacks memory for all experts as they are stored, in 8 bits, it holds as "
+        "many layers as it must in 4: answers get worse instead of being refused, and their usage "
+        "and `coeld status` say how many experts are narrow. false = rather refuse; one device "
+        "with the model that says so speaks for all.",
+    )
 
 
 @dataclass(frozen=True, slots=True)

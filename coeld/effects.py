@@ -40,9 +40,12 @@ class Disconnect:
 
 @dataclass(frozen=True, slots=True)
 class LoadLots:
-    """Read these lots from disk into the engine; answered by LotsLoaded or LoadFailed."""
+    """Read these lots from disk into the engine; answered by LotsLoaded or LoadFailed. Those that
+    are in memory in the other width answer calls meanwhile."""
 
     lots: tuple[Lot, ...]
+    narrow: bool = False
+    """To be held in fewer bits than they are stored in."""
 
 
 @dataclass(frozen=True, slots=True)

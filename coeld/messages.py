@@ -103,6 +103,11 @@ class Record:
     """It runs on a low battery: it takes what nobody else can."""
     asked: Asked = NOTHING
     """How much it is asked for itself, and what that uses."""
+    stays_wide: bool = False
+    """It wants no lot of its model in fewer bits than stored."""
+    narrow: tuple[tuple[int, int], ...] = ()
+    """(first, stop) of layers that it holds, or will hold as claimed, in fewer bits than stored;
+    ascending."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -289,6 +294,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["sparing"] = 1
     if record.asked != NOTHING:
         value["asked"] = asked_to_json(record.asked)
+    if record.stays_wide:
+        value["wide"] = 1
     if record.blob_port:
         value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
@@ -298,6 +305,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["serving"] = pack((lot, ()) for lot in record.serving)
         if record.spans:
             value["spans"] = record.spans
+        if record.narrow:
+            value["narrow"] = record.narrow
     return value
 
 
@@ -310,6 +319,7 @@ def _record(value: Any) -> Record:
     claims: tuple[Claim, ...] = ()
     serving: tuple[Lot, ...] = ()
     spans: tuple[tuple[int, int], ...] = ()
+    narrow: tuple[tuple[int, int], ...] = ()
     if value.get("model") is not None:
         model = ModelHash(_match(value["model"], _MODEL, "model"))
         data = _address(value, "data")
@@ -317,6 +327,7 @@ def _record(value: Any) -> Record:
         rows = _list(value, "serving", LOTS_PER_RECORD_MAX)
         serving = tuple(lot for lot, _ in unpack(rows, 0, 0))
         spans = _spans(_list(value, "spans", SPANS_MAX)) if "spans" in value else ()
+        narrow = _spans(_list(value, "narrow", LAYERS_MAX // 2)) if "narrow" in value else ()
     return Record(
         origin=_node(value.get("node")),
         incarnation=_int(value.get("inc"), "inc", COUNTER_MAX),
@@ -338,6 +349,8 @@ def _record(value: Any) -> Record:
         claims=claims,
         serving=serving,
         spans=spans,
+        stays_wide=bool(_int(value.get("wide", 0), "wide", 1)),
+        narrow=narrow,
         epoch=_int(value.get("epoch"), "epoch", COUNTER_MAX),
         fingerprint=_match(value.get("routes"), _FINGERPRINT, "routes"),
     )

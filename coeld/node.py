@@ -12,12 +12,14 @@ from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
-from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet, owners, serving, unclaimed
-from coeld.deployment.pricing import bids, capacity, claimable, missing_lots
+from coeld.deployment.placement import Quiet, elsewhere, owners, serving, unclaimed, won
+from coeld.deployment.pricing import bids
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
-from coeld.deployment.supply import considered, facts_of, trunk_complaint
-from coeld.deployment.ways import Ways, roomy, whole_layers
+from coeld.deployment.room import Room
+from coeld.deployment.supply import facts_of, trunk_complaint
+from coeld.deployment.ways import Ways, whole_layers
+from coeld.deployment.widths import Widths, rest_s
 from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
 from coeld.events import (
     BrokersReached,
@@ -44,8 +46,8 @@ from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
 from coeld.routes import RouteTable
 from coeld.update.disk import Wanted, wanted
-from coeld.update.migration import LotState, Migration, Move, Plan, Wish
-from coeld.update.spanning import Spanning
+from coeld.update.migration import READ, LotState, Migration, Move, Plan, Wish
+from coeld.update.spanning import Spanning, ranges
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
 from coeld.view import ModelDemand
@@ -65,6 +67,7 @@ class Node:
         self.migration = Migration(config.load_batch_bytes)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
+        self.widths = Widths()
         self.ways = Ways(node_id)
         self.demand: ModelDemand | None = None
         self.stale_reports = 0
@@ -83,7 +86,8 @@ class Node:
         self._before: Mapping[Lot, NodeId] = {}
         """What was served when that became the wish."""
         self._bids: dict[Lot, int] = {}
-        self._room = 0
+        self._most = 0
+        """Lots to claim at most."""
         self._whole = True
         self._missing_bytes = 0
         self._bid_wanted = True
@@ -136,12 +140,9 @@ class Node:
 
     def still_needed(self) -> bool:
         """For one about to leave: does nobody else serve some lot yet, though others have room?"""
-        if self.demand is None:
+        if self.demand is None or not self._room().others_suffice:
             return False
-        others = [r for r in self._market() if r.origin != self.node_id and not r.sparing]
-        room = sum(capacity(record.memory_budget_bytes, self.demand) for record in others)
-        fits = room >= self.demand.layers * self.demand.experts
-        return fits and not self._elsewhere().issuperset(self.migration.serving)
+        return not self._elsewhere().issuperset(self.migration.serving)
 
     def holders(self) -> list[tuple[ModelHash, str, int]]:
         """Which model the other devices have, and where each serves its blobs."""
@@ -166,7 +167,7 @@ class Node:
 
     def _next_due(self) -> float:
         bid_at = self._bid_at if self._bid_wanted else float("inf")
-        timers = [at for at in (*self._rests(), self.spanning.due) if at > self._planned_at]
+        timers = [at for at in self._timers() if at > self._planned_at]
         retry_at = self.migration.retry_at(self._planned_at)
         return min(self.perception.due, bid_at, retry_at, self.asking.due, *timers)
 
@@ -202,13 +203,13 @@ class Node:
                 self._engine_started(event, now)
             case EngineStopped():
                 self._engine_lost()
-                gone: dict[str, Any] = {"claims": (), "serving": (), "spans": ()}
+                gone: dict[str, Any] = dict.fromkeys(("claims", "serving", "spans", "narrow"), ())
                 self.perception.tell(model=None, data_host="", data_port=0, **gone)
                 self._bid_wanted = True
             case LotsLoaded(lots):
-                self._moved(Move.LOADED, lots, LotState.LOADING)
+                self._moved(Move.LOADED, lots, READ)
             case LotsDropped(lots):
-                self._moved(Move.DROPPED, lots, LotState.DRAINING)
+                self._moved(Move.DROPPED, lots, (LotState.DRAINING,))
             case LoadFailed(lots, why):
                 self._load_failed(lots, why, now)
             case Used():
@@ -228,7 +229,7 @@ class Node:
                 self._quiet.disturb(now, self.config.settle_ms / 1000)
                 return
             rivals = leaders(r for r in self._market() if r.origin != self.node_id)
-            self.perception.tell(claims=self._bundle(self.demand, rivals))
+            self.perception.tell(claims=self._bundle(rivals))
             self._market_moved(now)
         self._bid_wanted = False
         self._bid_supply = self.perception.supply
@@ -245,7 +246,8 @@ class Node:
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
         if self._thinking is None:
-            self._bid_at = self._facts_at + self.config.quiet_ms / 1000
+            quiet_s = self.config.quiet_ms / 1000
+            self._bid_at = self._facts_at + rest_s(facts.narrow, records, quiet_s)
             if now < self._bid_at:
                 return False
             self._thinking, self._considered = Deliberation(facts), None
@@ -264,7 +266,7 @@ class Node:
             copied = replicas(model, self._wanted, records, self.config.replicas_max)
             mine = copied.get(self.node_id, ())
             self._bids = bids(model, self.node_id, self._wanted, held, mine)
-            self._room = roomy(model, self.perception.me, self._wanted)
+            self._most = self._room().most(model, self._wanted)
         return True
 
     def _held(self, demand: ModelDemand) -> set[Lot]:
@@ -285,26 +287,24 @@ class Node:
         pays = worth_moving(kept.price_ns, fresh.price_ns, moved * lot_bytes)
         return (fresh if pays else kept).owners
 
-    def _bundle(self, demand: ModelDemand, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
+    def _bundle(self, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
+        """No replicas while something is held in fewer bits: a lot has one width."""
+        room = self._room()
+        narrow = room.narrow or any(record.narrow for record in room.records)
         return bundle(
             self.node_id,
             self._lots,
             self._bids.__getitem__,
             rivals,
-            self._claimable(self._rooms(demand), demand),
-            1 if self.perception.me.sparing else self.config.replicas_max,
+            room.claimable(self._most, self._whole),
+            1 if narrow or self.perception.me.sparing else self.config.replicas_max,
             self._barred,
         )
-
-    def _claimable(self, rooms: list[int], demand: ModelDemand) -> int:
-        """Whole layers only, while those of all devices are enough and worth it."""
-        room = min(self._room, self._capacity())
-        return claimable(room, rooms, demand) if self._whole else room
 
     def _plan(self, now: float) -> None:
         """Update: load what was won, drop what is no longer needed, publish the routes."""
         perception = self.perception
-        timed = any(self._planned_at < at <= now for at in (*self._rests(), self.spanning.due))
+        timed = any(self._planned_at < at <= now for at in self._timers())
         self._planned_at = now
         if self.demand is None:
             return
@@ -317,35 +317,41 @@ class Node:
         urgent, settled = (joined and now >= at for at in self._rests()[:2])
         plan = Plan()
         if perception.me.model is not None:
-            room = self._capacity()
-            fill = self._claimable(self._rooms(self.demand), self.demand)
-            wish = Wish(self._won(), self._elsewhere(), room, fill, urgent, settled)
-            plan = self.migration.plan(wish, self.demand.lot_bytes)
+            plan = self.migration.plan(
+                self._wish(self.demand, urgent, settled, now), *self.demand.sizes
+            )
             self._bid_wanted |= bool(plan.load or plan.drop)
-            self._serve(self.demand, now, settled and not self.migration.loading)
+            self._serve(self.demand, now, settled and not self.migration.busy)
         self._switch(self.demand, settled and perception.complete)
         self._close(self.demand)
         if plan.drop:
             self._out.append(DropLots(plan.drop))
         if plan.load:
-            self._out.append(LoadLots(plan.load))
+            self._out.append(LoadLots(plan.load, plan.narrow))
         self._seen_supply = perception.supply
         self._bid_wanted |= self._bid_supply != perception.supply
+
+    def _wish(self, demand: ModelDemand, urgent: bool, settled: bool, now: float) -> Wish:
+        room, held = self._room(), self.migration.narrow_layers
+        mine = won(self.perception.me, self._leaders())
+        narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
+        fill_bytes = room.fill_bytes(self._most, self._whole)
+        there = self._elsewhere()
+        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, settled, narrow)
 
     def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
         """Tell what is served, and which layers of it as spans: no new ones before all `rests`,
         for what is loaded in an emergency has to answer at once, and spans change graphs."""
         perception, spanning = self.perception, self.spanning
-        perception.tell(serving=self.migration.serving)
+        narrow = ranges(self.migration.narrow_layers | self.widths.narrow)
+        perception.tell(serving=self.migration.serving, narrow=narrow)
         wanted: Collection[int] = spanning.announced
         borders: Collection[int] = spanning.borders
         if rests and self._thinking is not None:
-            facts, winners, lots = (
-                self._thinking.facts,
-                owners(self._leaders()),
-                self.migration.held,
-            )
-            wanted = self.ways.wanted(facts, self._market(), winners, spanning.announced, lots)
+            facts, winners = self._thinking.facts, owners(self._leaders())
+            held_bytes = self.migration.bytes(*demand.sizes)
+            now_spans = spanning.announced
+            wanted = self.ways.wanted(facts, self._market(), winners, now_spans, held_bytes)
             borders = self.ways.borders(winners)
         supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
         perception.tell(spans=spanning.want(wanted, whole, now, borders))
@@ -359,7 +365,7 @@ class Node:
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
         count = len(unclaimed(self._lots, self._leaders()))
-        missing = missing_lots(count, self._rooms(demand), demand) * demand.lot_bytes
+        missing = self._room().missing_bytes(count)
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
         records, suspects = list(self.perception.present()), self.perception.suspects()
         self._swap(
@@ -386,7 +392,7 @@ class Node:
     def _engine_lost(self) -> None:
         """Nothing is in memory any more."""
         self.migration.engine_lost()
-        self.spanning = Spanning()
+        self.spanning, self.widths = Spanning(), Widths()
 
     def _engine_started(self, event: EngineStarted, now: float) -> None:
         self._engine_lost()
@@ -410,6 +416,7 @@ class Node:
             claims=(),
             serving=(),
             spans=(),
+            narrow=(),
         )
         self._touch()
 
@@ -432,15 +439,15 @@ class Node:
         if asked is not None:
             self.perception.tell(urgent=False, asked=asked)
 
-    def _moved(self, move: Move, lots: tuple[Lot, ...], before: LotState) -> None:
-        known = [lot for lot in lots if self.migration.state(lot) is before]
+    def _moved(self, move: Move, lots: tuple[Lot, ...], before: Collection[LotState]) -> None:
+        known = [lot for lot in lots if self.migration.state(lot) in before]
         self.stale_reports += len(lots) - len(known)
         self.migration.apply(move, known)
         self._bid_wanted |= move is not Move.DROPPED
         self._touch()
 
     def _load_failed(self, lots: tuple[Lot, ...], why: str, now: float) -> None:
-        known = [lot for lot in lots if self.migration.state(lot) is LotState.LOADING]
+        known = [lot for lot in lots if self.migration.state(lot) in READ]
         self.stale_reports += len(lots) - len(known)
         wait_s = self.migration.failed(known, now)
         self._bid_wanted = True
@@ -458,8 +465,10 @@ class Node:
     def _rests(self) -> tuple[float, float, float]:
         """When the auction counts as quiet, as settled, and when joining is over."""
         quiet_s, settle_s = self.config.quiet_ms / 1000, self.config.settle_ms / 1000
-        urgent_at = self._quiet.since(quiet_s, URGENT_PATIENCE * settle_s)
-        return urgent_at, self._quiet.since(settle_s, PATIENCE * settle_s), self._joined_at
+        return *self._quiet.rests(quiet_s, settle_s), self._joined_at
+
+    def _timers(self) -> tuple[float, ...]:
+        return (*self._rests(), self.spanning.due, self.widths.due)
 
     def _market_moved(self, now: float) -> bool:
         """Has any claim changed since the last look?"""
@@ -479,21 +488,10 @@ class Node:
         model = self.demand.model if self.demand else None
         return [r for r in self.perception.present() if model is not None and r.model == model]
 
-    def _capacity(self) -> int:
+    def _room(self) -> Room:
         assert self.demand is not None
-        return capacity(self.perception.me.memory_budget_bytes, self.demand)
-
-    def _rooms(self, demand: ModelDemand) -> list[int]:
-        counted = considered(demand, self._market())
-        return [capacity(record.memory_budget_bytes, demand) for record in counted]
-
-    def _won(self) -> dict[Lot, int]:
-        claims = self.perception.me.claims
-        leading = self._leaders()
-        return {c.lot: c.copy for c in claims if leading[c.lot, c.copy][1] == self.node_id}
+        narrow = self._facts is not None and self._facts.narrow
+        return Room(self.demand, self.perception.me, self._market(), narrow)
 
     def _elsewhere(self) -> set[Lot]:
-        """Lots that a device other than this one serves beyond suspicion."""
-        suspects = self.perception.suspects()
-        others = (r for r in self._market() if r.origin not in suspects | {self.node_id})
-        return {lot for record in others for lot in record.serving}
+        return elsewhere(self._market(), self.node_id, self.perception.suspects())

@@ -61,6 +61,10 @@ class NodeConfig:
     """Serve runs of whole layers in one call where that is cheaper, and send own requests through
     such runs. The same on all devices, or they place the model differently."""
 
+    narrow: bool = True
+    """Hold layers in fewer bits than stored where the swarm lacks memory for the model. If one
+    device with the model says no, none is."""
+
     def __post_init__(self) -> None:
         assert self.heartbeat_ms > 0
         assert self.silence_ms >= 2 * self.heartbeat_ms

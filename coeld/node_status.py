@@ -59,6 +59,7 @@ def _member(
         "asked_per_min": _asked(known) if here else None,
         "cpu_load_percent": known.cpu_load_percent,
         "serving": len(known.serving) if here else 0,
+        "narrow": _narrow(known) if here else 0,
         "claimed": len(known.claims) if here else 0,
         "engine": here and known.data_port > 0,
     }
@@ -67,6 +68,12 @@ def _member(
 def _asked(record: Record) -> dict[str, float]:
     """What it told of how much it is asked for, in steps of a factor of two."""
     return {name: round(rate / 60, 2) for name, rate in record.asked.rates._asdict().items()}
+
+
+def _narrow(record: Record) -> int:
+    """How many of the lots that it serves it holds in fewer bits than stored, or is about to."""
+    layers = {layer for run in record.narrow for layer in range(*run)}
+    return sum(lot.layer in layers for lot in record.serving)
 
 
 def _model(demand: ModelDemand | None) -> dict[str, Any] | None:
@@ -78,6 +85,7 @@ def _model(demand: ModelDemand | None) -> dict[str, Any] | None:
         "layers": demand.layers,
         "experts": demand.experts,
         "lot_bytes": demand.lot_bytes,
+        "narrow_lot_bytes": demand.narrow_lot_bytes,
         "trunk_bytes": demand.trunk_bytes,
     }
 
@@ -90,5 +98,6 @@ def _routes(
         "fingerprint": fingerprint,
         "covered": len(table.owners) if table else 0,
         "total": demand.layers * demand.experts if demand else 0,
+        "narrow": len(table.narrow) * demand.experts if table and demand else 0,
         "missing_bytes": table.missing_bytes if table else 0,
     }

@@ -47,6 +47,9 @@ class RouteTable:
     spans: tuple[Leg, ...] = ()
     """Legs that devices serve whole to whoever asks: layers in them may be compiled into one graph
     there, and are then not called expert by expert."""
+    narrow: tuple[int, ...] = ()
+    """Layers whose experts are held in fewer bits than they are stored in, at least some, or are
+    about to be; ascending."""
 
     def owners_of(self, lot: Lot) -> tuple[NodeId, ...]:
         return self.owners.get(lot, ())
@@ -61,6 +64,7 @@ class RouteTable:
             "missing_bytes": self.missing_bytes,
             "legs": [list(leg) for leg in self.legs],
             "spans": [list(leg) for leg in self.spans],
+            "narrow": list(self.narrow),
         }
 
     @staticmethod
@@ -80,6 +84,7 @@ class RouteTable:
                 missing_bytes=int(value["missing_bytes"]),
                 legs=_legs(value["legs"]),
                 spans=_legs(value["spans"]),
+                narrow=tuple(map(int, value["narrow"])),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as exc:
             raise FrameError(f"malformed route table: {exc!r}") from exc

@@ -54,6 +54,16 @@ class ModelDemand:
     """Per layer and expert: the probability that a token uses it, in millionths. Empty: all the
     same."""
 
+    narrow_lot_bytes: int = 0
+    """Bytes of a lot that is held in fewer bits than it is stored in; 0: no lot can be."""
+    narrow_first: tuple[int, ...] = ()
+    """The layers in the order in which they should lose bits; empty: as they come."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a lot as it is stored, and in fewer bits."""
+        return self.lot_bytes, self.narrow_lot_bytes
+
     @property
     def used(self) -> int:
         """Lots of a layer that one token uses."""

@@ -44,6 +44,8 @@ class Device:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     model: str = MODEL
+    narrow: bool = False
+    """Hold layers in fewer bits where memory is short: the text then differs."""
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ state_dir = "{self.folder}/state"
 store_dir = "{os.environ["COELD_STORE"]}"
 [memory]
 budget_mb = {budget_mb}
+narrow = {json.dumps(self.narrow)}
 [engine]
 threads = {threads}
 [model]

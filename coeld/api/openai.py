@@ -261,6 +261,7 @@ def usage(done: dict[str, Any]) -> dict[str, Any]:
             "decode_tokens_per_s": round(speed, 2) if speed else None,
             "stalls": done["stalls"],
             "wire": done["wire"],
+            "narrow": done["narrow"],
         },
     }
 

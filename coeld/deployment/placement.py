@@ -5,7 +5,7 @@ known. Only then is it true to say that memory is missing: before, the next bid 
 swarm that never comes to rest must still load, so waiting for rest is bounded.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from coeld.deployment.auction import Offer, Task
 from coeld.ids import Lot, NodeId
@@ -35,10 +35,26 @@ class Quiet:
         """The time from which the auction counts as having rested for `rest_s`."""
         return min(self.changed_at + rest_s, self._unrest_since + patience_s)
 
+    def rests(self, quiet_s: float, settle_s: float) -> tuple[float, float]:
+        """From when on it counts as quiet, and as settled."""
+        urgent_at = self.since(quiet_s, URGENT_PATIENCE * settle_s)
+        return urgent_at, self.since(settle_s, PATIENCE * settle_s)
+
 
 def owners(leading: Mapping[Task, Offer]) -> dict[Lot, NodeId]:
     """The winner of copy 0 of every lot that somebody claims."""
     return {lot: offer[1] for (lot, copy), offer in leading.items() if copy == 0}
+
+
+def won(me: Record, leading: Mapping[Task, Offer]) -> dict[Lot, int]:
+    """What this device has won, and which copy."""
+    return {c.lot: c.copy for c in me.claims if leading[c.lot, c.copy][1] == me.origin}
+
+
+def elsewhere(records: Iterable[Record], me: NodeId, suspects: Collection[NodeId]) -> set[Lot]:
+    """Lots that another device serves beyond suspicion."""
+    others = (r for r in records if r.origin != me and r.origin not in suspects)
+    return {lot for record in others for lot in record.serving}
 
 
 def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:

@@ -10,6 +10,7 @@ While the whole layers of all devices cover the model they are placed in blocks 
 layers (coeld.deployment.blocks), served as spans or with cuts, whichever is cheaper. A layer that
 is together gives the bits of one device, so layers are placed in parts, by search, only if that is
 predicted to gain more than predictions may err (PARTS_GAIN_PERCENT), or if whole ones do not fit.
+What fits only if some layers lose bits is placed in blocks as well (coeld.deployment.widths).
 
 What is served now is priced as well, completed where there are holes. Moving costs time, so whether
 the fresh placement is worth it is decided elsewhere (coeld.update.worth).
@@ -26,6 +27,7 @@ from coeld.deployment.chains import placement_ns
 from coeld.deployment.cost import CostModel, Device, Link, Share
 from coeld.deployment.naming import named
 from coeld.deployment.search import Search
+from coeld.deployment.widths import quotas
 from coeld.ids import Lot, NodeId
 from coeld.view import ModelDemand
 
@@ -49,6 +51,8 @@ class Facts:
     spans: bool = True
     """Devices serve runs of whole layers in one go where that is cheaper. Without, layers are
     placed in parts only where whole ones do not fit."""
+    narrow: bool = False
+    """The lots fit these devices only if some are held in fewer bits."""
 
     def model(self) -> CostModel:
         index = {device.node: i for i, device in enumerate(self.devices)}
@@ -80,14 +84,18 @@ class Deliberation:
         self._model = facts.model()
         demand = facts.demand
         self._rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in self._model.tiers]
-        whole = [room // demand.experts for room in self._rooms]
-        self.whole = sum(whole) >= demand.layers and not facts.split
+        self._layers = [room // demand.experts for room in self._rooms]
+        """Whole layers that fit at each site, or that it takes if some are narrow."""
+        if facts.narrow:
+            rooms = [tier.memory_bytes for tier in self._model.tiers]
+            self._layers = quotas(demand, rooms, self._order())
+        self.whole = facts.narrow or (sum(self._layers) >= demand.layers and not facts.split)
         """Layers are whole, and parts of some are worth nothing. Certain once all is thought."""
         self._placed: dict[Lot, int] | None = None
         self._search: Search | None = None
         self._slices: Iterator[None] = iter(())
         if self.whole:
-            self._placed = self._in_blocks(whole)
+            self._placed = self._in_blocks()
         fits = sum(self._rooms) >= demand.layers * demand.experts
         if fits and not (self.whole and (not facts.spans or self._cheap())):
             self._search, self._slices = _searched(facts).again()
@@ -119,9 +127,12 @@ class Deliberation:
 
     # ---- whole layers ----------------------------------------------------------------------
 
-    def _in_blocks(self, whole: list[int]) -> dict[Lot, int]:
-        order = [(tie(self._node(site), 0), site) for site in range(len(whole))]
-        placed = blocks(self._model, whole, order)
+    def _order(self) -> list[tuple[int, int]]:
+        """Each site's place along the layers."""
+        return [(tie(self._node(site), 0), site) for site in range(len(self._rooms))]
+
+    def _in_blocks(self) -> dict[Lot, int]:
+        placed = blocks(self._model, self._layers, self._order())
         return {lot: placed[lot.layer] for lot in self.facts.demand.lots()}
 
     def _cheap(self) -> bool:
@@ -142,14 +153,15 @@ class Deliberation:
 
     def _sites_of(self, served: Mapping[Lot, NodeId]) -> dict[Lot, int]:
         """Nothing is expected to stay where there is no room for anything."""
-        sites = [site for site, room in enumerate(self._rooms) if room]
+        rooms = zip(self._rooms, self._layers, strict=True)
+        sites = [site for site, room in enumerate(rooms) if any(room)]
         first = {self._node(site): site for site in reversed(sites)}
         return {lot: first[node] for lot, node in served.items() if node in first}
 
     def _kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> dict[Lot, int] | None:
         """The site of every lot, or None: it does not fit."""
         sites, wanted = self._sites_of(served), self._sites_of(fresh.owners)
-        if self.whole and not self._in_parts(sites):
+        if self.whole and (self.facts.narrow or not self._in_parts(sites)):
             return self._kept_whole(sites, wanted)
         lots = self.facts.demand.lots()
         left, placed = list(self._rooms), {lot: sites[lot] for lot in lots if lot in sites}
@@ -171,16 +183,16 @@ class Deliberation:
         self, sites: Mapping[Lot, int], wanted: Mapping[Lot, int]
     ) -> dict[Lot, int] | None:
         demand = self.facts.demand
-        left = [room // demand.experts for room in self._rooms]
+        left = list(self._layers)
         there: list[int | None] = []
         for layer in range(demand.layers):
             found = {sites.get(lot) for lot in demand.lots_of(layer)}
             there.append(found.pop() if len(found) == 1 else None)
-        for site in there:
-            if site is not None:
+        for layer, site in enumerate(there):
+            if site is not None and left[site] == 0:
+                there[layer] = None  # more than it has room for now
+            elif site is not None:
                 left[site] -= 1
-        if min(left) < 0:
-            return None
         first = [wanted[Lot(layer, 0)] for layer in range(demand.layers)]
         placed = completed(self._model, there, left, first)
         return {lot: placed[lot.layer] for lot in demand.lots()} if placed is not None else None

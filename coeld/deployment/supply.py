@@ -15,6 +15,7 @@ from coeld.deployment.cost import LAN, Device, Tier
 from coeld.deployment.popularity import observed, weight
 from coeld.deployment.pricing import capacity
 from coeld.deployment.proposal import Facts, tie
+from coeld.deployment.widths import must_narrow
 from coeld.messages import Record
 from coeld.view import ModelDemand
 
@@ -44,9 +45,15 @@ def facts_of(demand: ModelDemand, records: Iterable[Record], spans: bool = True)
 
 def facts_among(demand: ModelDemand, records: Iterable[Record], spans: bool = True) -> Facts:
     """The facts about exactly these devices."""
-    devices = [_device(record, demand) for record in sorted(records, key=lambda r: r.origin)]
+    some = sorted(records, key=lambda record: record.origin)
+    rooms = [max(0, record.memory_budget_bytes - demand.trunk_bytes) for record in some]
+    narrow = not any(record.stays_wide for record in some) and must_narrow(demand, rooms)
+    devices = tuple(
+        _device(record, room if narrow else _lots_bytes(record, demand))
+        for record, room in zip(some, rooms, strict=True)
+    )
     links = tuple((LAN,) * len(devices) for _ in devices)
-    return Facts(demand, tuple(devices), links, spans=spans)
+    return Facts(demand, devices, links, spans=spans, narrow=narrow)
 
 
 def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
@@ -68,10 +75,14 @@ def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
     return chosen
 
 
-def _device(record: Record, demand: ModelDemand) -> Device:
-    room_bytes = capacity(record.memory_budget_bytes, demand) * demand.lot_bytes
+def _device(record: Record, room_bytes: int) -> Device:
     tier = Tier("ram", room_bytes, *_speeds(record))
     return Device(record.origin, (tier,), weight=weight(record.asked.rates))
+
+
+def _lots_bytes(record: Record, demand: ModelDemand) -> int:
+    """What fits beside the trunk, in whole lots."""
+    return capacity(record.memory_budget_bytes, demand) * demand.lot_bytes
 
 
 def _speeds(record: Record) -> tuple[int, int]:

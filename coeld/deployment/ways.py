@@ -34,11 +34,11 @@ class Ways:
         records: Sequence[Record],
         winners: Mapping[Lot, NodeId],
         now: Collection[int],
-        lots: int,
+        held_bytes: int,
     ) -> frozenset[int]:
         """Of the layers that are here whole, those to serve as spans; `now` are already. Not those
         that the auction put in parts: their other owners could not be called for them. No more
-        than have room for their KV caches beside `lots` that are held."""
+        than have room for their KV caches beside lots of `held_bytes`."""
         demand = facts.demand
         if all(device.node != self.me for device in facts.devices):
             known = {device.node for device in facts.devices} | {self.me}
@@ -49,7 +49,7 @@ class Ways:
         torn = {layer for layer, nodes in _owners(winners).items() if len(nodes) > 1}
         whole = whole_layers(demand, me.serving) - torn
         found = spans_worth(facts.model(), device, whole, now)
-        free_bytes = me.memory_budget_bytes - demand.trunk_bytes - lots * demand.lot_bytes
+        free_bytes = me.memory_budget_bytes - demand.trunk_bytes - held_bytes
         return frozenset(spans_that_fit(demand, found, len(records), free_bytes))
 
     def borders(self, winners: Mapping[Lot, NodeId]) -> frozenset[int]:

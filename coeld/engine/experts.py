@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from coeld.engine.feed_forward import session_order
 from coeld.engine.graphs import expert_graph
+from coeld.engine.narrow import NarrowBlobs
 from coeld.engine.sessions import Session, let_go, make_session
 from coeld.engine.side_by_side import never, side_by_side
 from coeld.errors import PeerRefused
 from coeld.ids import Lot
 from coeld.model.manifest import Manifest, tensor_bytes
+from coeld.model.narrow import narrow_ref, narrowed
 from coeld.model.store import Store
 
 
@@ -44,6 +46,8 @@ class ExpertSet:
         self._store = store
         self._layers: dict[int, Resident] = {}
         self._held: frozenset[Lot] = frozenset()
+        self._narrow: frozenset[Lot] = frozenset()
+        """Those of them that are here in fewer bits than they are stored in."""
         self._fused: frozenset[int] = frozenset()
         self._change = threading.Lock()
         """Held while the set changes; running takes no lock."""
@@ -54,40 +58,53 @@ class ExpertSet:
         return self._held
 
     @property
+    def fusible(self) -> frozenset[Lot]:
+        """What the trunk's spans may contain: they are built from what is stored."""
+        return self._held - self._narrow
+
+    @property
     def bytes(self) -> int:
-        experts = self._manifest.experts
-        return sum(tensor_bytes(experts[lot.layer][lot.expert]) for lot in self._held)
+        shape, experts = self._manifest.shape, self._manifest.experts
+        stored = sum(tensor_bytes(experts[lot.layer][lot.expert]) for lot in self.fusible)
+        narrow = (narrow_ref(shape, experts[lot.layer][lot.expert]) for lot in self._narrow)
+        return stored + sum(map(tensor_bytes, narrow))
 
     def here(self, layer: int) -> frozenset[int]:
         """Experts of the layer that `run` can run."""
         resident = self._layers.get(layer)
         return frozenset(resident.experts) if resident else frozenset()
 
-    def load(self, lots: Iterable[Lot]) -> None:
-        """Read these lots from the store. Raises ModelError if a blob is missing or damaged."""
+    def load(self, lots: Iterable[Lot], narrow: bool = False) -> None:
+        """Read these lots from the store, to hold them as they are stored, or `narrow`.
+
+        One that is here in the other form changes it, and answers meanwhile. Raises ModelError if a
+        blob is missing or damaged.
+        """
         with self._change:
-            added = frozenset(lots) - self._held
+            there = self._held & self._narrow if narrow else self.fusible
+            added = frozenset(lots) - there
             held = self._held | added
+            narrow_lots = self._narrow | added if narrow else self._narrow - added
 
             def check(layer: int) -> None:
                 self._verify([layer], added)
 
             def built(layer: int) -> Resident | None:
-                return None if layer in self._fused else self._built(layer, held)
+                return None if layer in self._fused else self._built(layer, held, narrow_lots)
 
             layers = sorted({lot.layer for lot in added})
             residents = side_by_side(check, built, layers, self._gently)
             for layer, resident in zip(layers, residents, strict=True):
                 if resident is not None:
                     self._swap(layer, resident)
-            self._held = held
+            self._held, self._narrow = held, narrow_lots
 
     def drop(self, lots: Iterable[Lot]) -> None:
         """Let go of these lots; a run that has begun finishes."""
         with self._change:
             kept = self._held - frozenset(lots)
             gone = self._held - kept
-            self._held = kept
+            self._held, self._narrow = kept, self._narrow & kept
             self._rebuild({lot.layer for lot in gone} - self._fused, kept)
 
     def hold_fused(self, lots: Iterable[Lot]) -> None:
@@ -146,13 +163,14 @@ class ExpertSet:
         chosen = sorted(lot for lot in lots if lot.layer in some)
         self._store.verify([self._manifest.experts[lot.layer][lot.expert] for lot in chosen])
 
-    def _built(self, layer: int, held: frozenset[Lot]) -> Resident | None:
+    def _built(self, layer: int, held: frozenset[Lot], narrow: frozenset[Lot]) -> Resident | None:
         """The layer with its held experts, None if there are none."""
         ids = [lot.expert for lot in held if lot.layer == layer]
-        experts = session_order(self._manifest, layer, ids)
+        manifest = narrowed(self._manifest, [lot for lot in narrow if lot.layer == layer])
+        experts = session_order(manifest, layer, ids)
         if not experts:
             return None
-        graph = expert_graph(self._manifest, self._store, layer, experts)
+        graph = expert_graph(manifest, NarrowBlobs(self._store), layer, experts)
         in_order = experts == tuple(range(self._manifest.shape.experts))
         return Resident(experts, make_session(graph), in_order)
 
@@ -161,7 +179,7 @@ class ExpertSet:
         some = sorted(layers)
 
         def built(layer: int) -> Resident | None:
-            return self._built(layer, held)
+            return self._built(layer, held, self._narrow)
 
         residents = side_by_side(lambda _layer: None, built, some, self._gently)
         for layer, resident in zip(some, residents, strict=True):

@@ -94,7 +94,7 @@ class Fitter:
         """The form after the next change; at first everything at once: there is nothing yet that
         would be held twice."""
         table, layers = self._board.table, self._trunk.shape.layers
-        experts, lots = self._trunk.shape.experts, self._experts.lots
+        experts, lots = self._trunk.shape.experts, self._experts.fusible
         wanted = Form(fusible_layers(experts, lots, table, self._me), borders_of(table, self._me))
         if not self._trunk.steps:
             return wanted

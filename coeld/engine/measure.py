@@ -4,7 +4,7 @@ Both go through the same OpenModel as the daemon's engine.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,6 +22,7 @@ from coeld.errors import BadRequest, PeerGone
 from coeld.ids import NodeId
 from coeld.model.footprint import Part, footprint, token_bytes
 from coeld.model.manifest import Manifest
+from coeld.model.narrow import narrow_first
 from coeld.model.store import Store
 
 ME: Final = NodeId("0" * 16)
@@ -73,9 +74,14 @@ def open_local(store: Store, manifest: Manifest, threads: int, context_tokens: i
 
 
 def open_two(
-    store: Store, names: tuple[str, str], threads: int, context_tokens: int
+    store: Store,
+    names: tuple[str, str],
+    threads: int,
+    context_tokens: int,
+    narrow_percent: int = 0,
 ) -> tuple[OpenModel, OpenModel]:
-    """Two models to compare. Call once per process.
+    """Two models to compare, the first with some of its layers held in fewer bits. Call once per
+    process.
 
     Raises UnknownModel, BadRequest when they do not have the same tokens or no tokenizer.
     """
@@ -89,12 +95,15 @@ def open_two(
         if context_tokens > manifest.shape.context_max:
             raise BadRequest(f"--context: {manifest.name} goes to {manifest.shape.context_max}.")
     use_threads(threads)
-    return _open(store, one, context_tokens), _open(store, two, context_tokens)
+    narrow = narrow_first(one)[: one.shape.layers * narrow_percent // 100]
+    return _open(store, one, context_tokens, narrow), _open(store, two, context_tokens)
 
 
-def _open(store: Store, manifest: Manifest, context_tokens: int) -> OpenModel:
+def _open(
+    store: Store, manifest: Manifest, context_tokens: int, narrow: Collection[int] = ()
+) -> OpenModel:
     model = OpenModel(manifest, store, me=ME, peers=NoPeers(), context_tokens=context_tokens)
-    model.hold_everything()
+    model.hold_everything(narrow)
     return model
 
 

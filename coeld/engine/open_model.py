@@ -5,7 +5,7 @@ what is measured is what runs.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from coeld.datapath.decoder import Decoder
@@ -90,9 +90,12 @@ class OpenModel:
             settled = self.fitter.settle()
             assert settled, "a part is running"
 
-    def hold_everything(self) -> None:
-        """Load all experts and fuse them: one device, no cut. Raises ModelError."""
-        self.experts.hold_fused(self.manifest.demand().lots())
+    def hold_everything(self, narrow: Collection[int] = ()) -> None:
+        """Load all experts and fuse them: one device, no cut but at `narrow` layers, which are
+        held in fewer bits. Raises ModelError."""
+        lots = self.manifest.demand().lots()
+        self.experts.hold_fused(lot for lot in lots if lot.layer not in narrow)
+        self.experts.load((lot for lot in lots if lot.layer in narrow), narrow=True)
         self._refit(self._verify)
 
     def _verify(self, span: Span) -> None:

@@ -30,6 +30,7 @@ from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
 from coeld.ids import Lot, NodeId
+from coeld.model.narrow import NARROW_BITS, narrow_experts
 from coeld.model.store import Store
 from coeld.net.peers import Introduction, PeerPool, PeerServer
 from coeld.routes import RouteTable
@@ -56,6 +57,8 @@ class Engine:
         self._store = Store(options.store_dir)
         self._server = PeerServer(options.host, options.port)
         self._model: OpenModel | None = None
+        self.narrow = 0
+        """Experts of the model that the swarm holds in fewer bits than they are stored in."""
         self._loading = False
         """Whether the loader works; it alone says so."""
         self._turn_s = 0.0
@@ -100,8 +103,8 @@ class Engine:
                 self._decoder_jobs.put(lambda: self._open(name))
             case {"op": "routes", "table": dict(table)}:
                 self._route(RouteTable.from_json(table))
-            case {"op": "load", "lots": list(lots)}:
-                self._loader_jobs.put(lambda: self._load_lots(_lots(lots)))
+            case {"op": "load", "lots": list(lots), "narrow": bool(narrow)}:
+                self._loader_jobs.put(lambda: self._load_lots(_lots(lots), narrow))
             case {"op": "drop", "lots": list(lots)}:
                 self._loader_jobs.put(lambda: self._drop_lots(_lots(lots)))
             case {"op": "generate", "id": str(ident)}:
@@ -250,13 +253,13 @@ class Engine:
             job()
             self._loading = False
 
-    def _load_lots(self, lots: list[Lot]) -> None:
+    def _load_lots(self, lots: list[Lot], narrow: bool) -> None:
         named = [list(lot) for lot in lots]
         if self._model is None:
             self._link.say("load_failed", lots=named, why="no model is open")
             return
         try:
-            self._model.experts.load(lots)
+            self._model.experts.load(lots, narrow)
         except (CoeldError, OSError, MemoryError) as exc:
             self._link.say("load_failed", lots=named, why=str(exc) or type(exc).__name__)
             return
@@ -285,6 +288,7 @@ class Engine:
     def _route(self, table: RouteTable) -> None:
         model = self._model
         if model is not None and table.model == model.manifest.hash:
+            self.narrow = narrow_experts(model.manifest, table.narrow)
             model.board.pin(table)
             self._loader_jobs.put(self._refit)
 
@@ -302,6 +306,12 @@ class Engine:
 
     def said(self, ident: str, text: str) -> None:
         self._link.say("token", id=ident, text=text)
+
+    @property
+    def experts(self) -> int:
+        """How many the open model has."""
+        shape = self._model.manifest.shape if self._model else None
+        return shape.layers * shape.experts if shape else 0
 
     def _stats(self) -> dict[str, Any]:
         model, pool = self._model, self._pool
@@ -337,9 +347,11 @@ class _Answer:
     def __init__(self, engine: Engine, ident: str) -> None:
         self._engine = engine
         self._ident = ident
+        self._narrow = 0
 
     def token(self, token: int) -> bool:
         self._engine.usage.tokens += 1
+        self._narrow = max(self._narrow, self._engine.narrow)
         text, stopped = self.stream.push(token)
         if text:
             self._engine.said(self._ident, text)
@@ -365,6 +377,11 @@ class _Answer:
                 "kl_estimate": round(request.quality.kl_estimate, 6),
                 "rows_bytes": request.quality.rows_bytes,
                 "float32_bytes": request.quality.float32_bytes,
+            },
+            narrow={
+                "experts": max(self._narrow, self._engine.narrow),
+                "of": self._engine.experts,
+                "bits": NARROW_BITS,
             },
         )
 

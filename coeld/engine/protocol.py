@@ -7,7 +7,9 @@ outlives the other and there is no path to clean up.
 Agent to engine (`op`):
     open        {model: name}                 open a model of the store: its trunk, its tokenizer
     routes      {table: RouteTable.to_json()}
-    load, drop  {lots: [[layer, expert], …]}
+    load        {lots: [[layer, expert], …], narrow: bool}    narrow: to be held in fewer bits than
+                                                              stored; what is here changes over
+    drop        {lots}
     generate    {id, prompt: str | messages: [{role, content}], max_tokens: int | null,
                  temperature: float, top_p: float, top_k: int, seed: int | null, stop: [str],
                  kl_budget: float | null}
@@ -24,10 +26,11 @@ Engine to agent (`ev`):
     load_failed {lots, why}
     token       {id, text}                                    text may hold several tokens or ""
     done        {id, finish_reason: "stop"|"length", prompt_tokens, completion_tokens,
-                 prefill_s, decode_s, stalls, prefill_split, decode_split, wire}
+                 prefill_s, decode_s, stalls, prefill_split, decode_split, wire, narrow}
                                                               stalls: [seconds] waited for owners;
                                                               splits: see coeld.datapath.split;
                 wire: {kl_budget, kl_estimate, rows_bytes, float32_bytes} of rows to and from peers
+                narrow: {experts, of, bits}   the most experts held in fewer bits meanwhile
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}
     use         {requests, prompt_tokens, tokens, experts: {layer: [rows of each expert]}}

@@ -45,7 +45,8 @@ class Blobs(Protocol):
     """The store, as far as the engine reads it."""
 
     def tensors(self, ref: BlobRef) -> dict[str, Array]: ...
-    def blob_path(self, ref: BlobRef) -> "os.PathLike[str]": ...
+    def blob_path(self, ref: BlobRef) -> "os.PathLike[str] | None":
+        """None: it is in no file."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,12 @@ class Stored:
     @cached_property
     def mapped(self) -> "Mapped | None":
         """The whole as one range of mapped memory, or None where pages do not allow it."""
-        places = [(self.store.blob_path(ref), ref.tensors[self.name]) for ref in self.refs]
+        places = []
+        for ref in self.refs:
+            path = self.store.blob_path(ref)
+            if path is None:
+                return None
+            places.append((path, ref.tensors[self.name]))
         last = len(places) - 1
         fits = all(
             tensor.offset % PAGE_BYTES == 0 and (i == last or tensor.bytes % PAGE_BYTES == 0)

@@ -39,6 +39,7 @@ from coeld.events import (
 )
 from coeld.host.engine_process import EngineProcess
 from coeld.ids import Lot, NodeId
+from coeld.model.narrow import demand_of
 from coeld.model.store import Store
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand
@@ -182,8 +183,8 @@ class EngineLink:
 
     # Effects
 
-    def load(self, lots: Iterable[Lot]) -> None:
-        self._send({"op": "load", "lots": [list(lot) for lot in lots]})
+    def load(self, lots: Iterable[Lot], narrow: bool = False) -> None:
+        self._send({"op": "load", "lots": [list(lot) for lot in lots], "narrow": narrow})
 
     def drop(self, lots: Iterable[Lot]) -> None:
         self._send({"op": "drop", "lots": [list(lot) for lot in lots]})
@@ -379,7 +380,7 @@ class EngineLink:
     def _opened(self, event: dict[str, Any]) -> None:
         assert self._address is not None
         try:
-            demand = self._store.manifest(str(event["model"])).demand()
+            demand = demand_of(self._store.manifest(str(event["model"])))
         except ModelError as exc:
             self._explain(str(exc), passing=False)
             log.error("%s", exc)

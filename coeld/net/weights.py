@@ -64,7 +64,7 @@ class Weights:
         disk: DiskBudget,
         holders: Holders,
         wanted: Callable[[], Wanted],
-        load: Callable[[Sequence[Lot]], None],
+        load: Callable[[Sequence[Lot], bool], None],
         emit: Callable[[Event], None],
     ) -> None:
         self._store, self._wanted, self._holders = store, wanted_name, holders
@@ -72,7 +72,7 @@ class Weights:
         self._node, self._disk, self._on_disk = node, disk, wanted
         self._incoming = Rate(bytes_per_s)
         self.server = BlobServer(store, Rate(bytes_per_s))
-        self._orders: deque[tuple[Lot, ...]] = deque()
+        self._orders: deque[tuple[tuple[Lot, ...], bool]] = deque()
         self._changed = asyncio.Event()
         self._manifest: Manifest | None = None
         self._spare: deque[BlobRef] = deque()
@@ -96,17 +96,18 @@ class Weights:
             "sent_bytes": self.server.sent_bytes,
         }
 
-    def load(self, model: str, lots: tuple[Lot, ...]) -> None:
-        """Tell the engine to load these lots of that model as soon as all their blobs are here."""
+    def load(self, model: str, lots: tuple[Lot, ...], narrow: bool = False) -> None:
+        """Tell the engine to load these lots of that model, `narrow` or as they are stored, as soon
+        as all their blobs are here."""
         try:
             here = not self._orders and not self._missing(model, lots)
         except ModelError as exc:
             self._emit(LoadFailed(lots, str(exc)))
             return
         if here:
-            self._load(lots)
+            self._load(lots, narrow)
         else:
-            self._orders.append(lots)
+            self._orders.append((lots, narrow))
             self._changed.set()
 
     def forget(self) -> None:
@@ -184,7 +185,8 @@ class Weights:
                 return
 
     async def _next_order(self, model: str) -> None:
-        lots = self._orders[0]
+        order = self._orders[0]
+        lots, narrow = order
         try:
             missing = self._missing(model, lots)
             assert self._manifest is not None
@@ -192,9 +194,9 @@ class Weights:
         except (CoeldError, OSError) as exc:
             self._emit(LoadFailed(lots, str(exc)))
         else:
-            if self._orders and self._orders[0] is lots:  # nobody has forgotten it meanwhile
-                self._load(lots)
-        if self._orders and self._orders[0] is lots:
+            if self._orders and self._orders[0] is order:  # nobody has forgotten it meanwhile
+                self._load(lots, narrow)
+        if self._orders and self._orders[0] is order:
             self._orders.popleft()
 
     async def _bring(

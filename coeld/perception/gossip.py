@@ -62,6 +62,7 @@ def market(record: Record) -> tuple[object, ...]:
         record.row_mb_per_s,
         record.sparing,
         record.asked,
+        record.stays_wide,
     )
 
 
@@ -72,6 +73,7 @@ def supply(record: Record) -> tuple[object, ...]:
         record.model,
         record.serving,
         record.spans,
+        record.narrow,
         record.data_host,
         record.data_port,
         record.mqtt_host,

@@ -60,6 +60,7 @@ class Perception:
             config.mqtt_port or 0,
             blob_host=config.blob_host,
             blob_port=config.blob_port,
+            stays_wide=not config.narrow,
         )
         self.told = self.me
         """Our record as it was last published: later changes have no version yet."""

@@ -24,9 +24,14 @@ def watch(world: World) -> None:
 def _safety(world: World, device: Device, effect: Effect) -> None:
     demand = world.demand
     if isinstance(effect, LoadLots):
-        held = device.serving | device.loading | device.draining
-        assert not held & set(effect.lots), f"{device.id} loads what it holds already"
-        used = demand.trunk_bytes + (len(held) + len(effect.lots)) * demand.lot_bytes
+        held, lots = device.serving | device.loading | device.draining, set(effect.lots)
+        here = {lot for lot in held & lots if (lot in device.narrow) == effect.narrow}
+        assert not here | lots & (device.loading | device.draining | device.changing), (
+            f"{device.id} loads what it holds already"
+        )
+        used = (
+            demand.trunk_bytes + bytes_of(world, device) + len(lots) * demand.sizes[effect.narrow]
+        )
         assert used <= device.spec.budget_bytes, f"{device.id} loads {used} bytes"
     if isinstance(effect, SwapRoutes):
         before = device.table
@@ -41,6 +46,14 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
                 if owner == device.id:
                     assert lot in device.serving, "own route to a lot that is not in memory"
         _safe_ways(world, device, effect.table)
+
+
+def bytes_of(world: World, device: Device) -> int:
+    """The lots in a device's memory, both forms of what is changing its width."""
+    held = [*device.serving, *device.loading, *device.draining]
+    sizes = world.demand.sizes
+    now = sum(sizes[lot in device.narrow] for lot in held)
+    return now + sum(sizes[lot not in device.narrow] for lot in device.changing)
 
 
 def _safe_ways(world: World, device: Device, table: RouteTable) -> None:
@@ -104,6 +117,18 @@ def rooms(world: World) -> list[int]:
     ]
 
 
+def fits_narrow(world: World) -> bool:
+    """Would the model fit in whole layers, were all of them held in fewer bits?"""
+    demand, allowed = world.demand, world.config.narrow
+    layer_bytes = demand.experts * demand.narrow_lot_bytes
+    if not layer_bytes or not allowed:
+        return False
+    spare = [
+        device.spec.budget_bytes - demand.trunk_bytes for device in world.up() if device.engine
+    ]
+    return sum(max(0, room) // layer_bytes for room in spare) >= demand.layers
+
+
 def covered(world: World) -> bool:
     """Does every device that is up have a route to a living owner for every lot?"""
     lots = world.demand.lots()
@@ -131,12 +156,15 @@ def at_rest(world: World) -> None:
             table.missing_bytes,
             tuple(sorted((lot, tuple(sorted(nodes))) for lot, nodes in table.owners.items())),
             table.spans,
+            table.narrow,
         )
         for table in tables
         if table is not None
     }
     assert len(views) == 1, f"{len(views)} different route tables at rest"
-    _, missing_bytes, owners, _ = views.pop()
+    _, missing_bytes, owners, _, narrow = views.pop()
+    truly = {lot.layer for device in devices for lot in device.narrow}
+    assert set(narrow) == truly, f"{narrow} told to be narrow, {truly} are"
     truth: dict[Lot, list[NodeId]] = {}
     for device in devices:
         for lot in device.serving:
@@ -145,7 +173,7 @@ def at_rest(world: World) -> None:
         lot: sorted(nodes) for lot, nodes in truth.items()
     }, "routes differ from what is in memory"
     total = len(world.demand.lots())
-    short = max(0, total - sum(rooms(world)))
+    short = 0 if fits_narrow(world) else max(0, total - sum(rooms(world)))
     assert missing_bytes == short * world.demand.lot_bytes, f"missing {missing_bytes}"
     experts = world.demand.experts  # what does not fit is held as far as layers are whole
     held = sum(room // experts * experts for room in rooms(world)) if short else total

@@ -103,6 +103,10 @@ class Device:
     serving: set[Lot] = field(default_factory=set)
     loading: set[Lot] = field(default_factory=set)
     draining: set[Lot] = field(default_factory=set)
+    narrow: set[Lot] = field(default_factory=set)
+    """What is in memory, or is being read, in fewer bits than stored."""
+    changing: set[Lot] = field(default_factory=set)
+    """Serving, and being read in the other width."""
     left_memory: dict[Lot, float] = field(default_factory=dict)
     """When a lot was last dropped or lost."""
     table: RouteTable | None = None
@@ -345,8 +349,8 @@ class World:
             case Disconnect(node):
                 if node in self._listeners:
                     self._listeners[node].pop(device.id, None)
-            case LoadLots(lots):
-                self._load(device, lots)
+            case LoadLots(lots, narrow):
+                self._load(device, lots, narrow)
             case DropLots(lots):
                 device.serving -= set(lots)
                 device.draining |= set(lots)
@@ -412,8 +416,9 @@ class World:
     def _empty(self, device: Device) -> None:
         device.engine = 0
         device.left_memory |= dict.fromkeys(device.serving | device.draining, self.now)
-        for held in (device.serving, device.loading, device.draining):
+        for held in (device.serving, device.loading, device.draining, device.changing):
             held.clear()
+        device.narrow.clear()
 
     def _engine_call(
         self,
@@ -430,26 +435,34 @@ class World:
 
         return call
 
-    def _load(self, device: Device, lots: tuple[Lot, ...]) -> None:
-        assert not device.loading & set(lots)
-        device.loading |= set(lots)
+    def _load(self, device: Device, lots: tuple[Lot, ...], narrow: bool) -> None:
+        assert not (device.loading | device.changing) & set(lots)
+        device.changing |= set(lots) & device.serving
+        device.loading |= set(lots) - device.serving
+        if narrow:
+            device.narrow |= set(lots) - device.serving
         seconds = len(lots) * self.demand.lot_bytes / (device.spec.disk_mb_per_s * 1e6)
         failed = self.rng.random() < self.load_failure
         action = self._failed if failed else self._loaded
         self._later(seconds, self._engine_call(device, lots, action))
 
     def _loaded(self, device: Device, lots: tuple[Lot, ...]) -> None:
+        device.narrow ^= set(lots) & device.changing
+        device.changing -= set(lots)
         device.loading -= set(lots)
         device.serving |= set(lots)
         device.lots_loaded += len(lots)
         self.feed(device, LotsLoaded(lots))
 
     def _failed(self, device: Device, lots: tuple[Lot, ...]) -> None:
+        device.narrow -= set(lots) & device.loading
+        device.changing -= set(lots)
         device.loading -= set(lots)
         self.feed(device, LoadFailed(lots, "simulated read error"))
 
     def _dropped(self, device: Device, lots: tuple[Lot, ...]) -> None:
         device.draining -= set(lots)
+        device.narrow -= set(lots)
         device.left_memory |= dict.fromkeys(lots, self.now)
         self.feed(device, LotsDropped(lots))
 

@@ -101,6 +101,9 @@ def _summary(usage: dict[str, Any], socket: Path) -> str:
     if wire.get("rows_bytes", 0) < wire.get("float32_bytes", 0):
         share = wire["rows_bytes"] / wire["float32_bytes"]
         words.append(f"rows at {share:.0%} of their size for {wire['kl_estimate']:.3f} nats")
+    narrow = ours.get("narrow", {})
+    if narrow.get("experts"):
+        words.append(f"{narrow['experts']} of {narrow['of']} experts in {narrow['bits']} bits")
     try:
         owners = get_json(socket, "/status")["node"]["owners"]
         count = sum(1 for lots in owners.values() if lots)

@@ -24,8 +24,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     kl = kinds.add_parser("kl", help="how far predictions are from those of another model")
     kl.add_argument("model", help="a model of `coeld model list`")
     kl.add_argument("reference", help="the same one with more bits, best 32")
+    kl.add_argument(
+        "--narrow",
+        type=_percent,
+        default=0,
+        metavar="PERCENT",
+        help="of its layers held in fewer bits, as by devices that lack memory (0)",
+    )
     _add_common(kl)
     kl.set_defaults(run=run_kl)
+
+
+def _percent(text: str) -> int:
+    value = positive(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError("more than 100 %")
+    return value
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +90,9 @@ def run_kl(arguments: argparse.Namespace) -> int:
     text = _read(arguments.file)
     store = Store(arguments.store or default_store())
     names = (arguments.model, arguments.reference)
-    model, reference = measure.open_two(store, names, arguments.threads, arguments.context)
+    model, reference = measure.open_two(
+        store, names, arguments.threads, arguments.context, arguments.narrow
+    )
     found = measure.compare(
         model,
         reference,
@@ -86,7 +102,8 @@ def run_kl(arguments: argparse.Namespace) -> int:
         _progress(arguments.json),
     )
     if arguments.json:
-        print(json.dumps({"model": names[0], "reference": names[1], **asdict(found)}))
+        named = {"model": names[0], "reference": names[1], "narrow_percent": arguments.narrow}
+        print(json.dumps(named | asdict(found)))
     else:
         print(
             f"KL {found.kl:.5f} ± {found.kl_error:.5f} nats per token, top-1 agreement "

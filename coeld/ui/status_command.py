@@ -44,6 +44,11 @@ def headline(status: dict[str, Any]) -> str:
         f"{node['model']['name']}: {routes['covered']} of {routes['total']} experts are served, "
         f"epoch {routes['epoch']}"
     )
+    if routes["narrow"]:
+        text += (
+            f"\nfor want of memory {routes['narrow']} of them are held in fewer bits than stored: "
+            "answers are worse"
+        )
     if routes["missing_bytes"]:
         text += f"\n{routes['missing_bytes']:,} bytes of memory are missing in the swarm"
     if engine["trouble"]:
@@ -118,7 +123,9 @@ def _memory(member: dict[str, Any], model: dict[str, Any] | None) -> str:
     budget = f"{member['memory_budget_bytes'] / 1e6:,.0f} MB"
     if not model or not member["serving"]:
         return budget
-    held_bytes = model["trunk_bytes"] + member["serving"] * model["lot_bytes"]
+    narrow = member["narrow"]
+    held_bytes = model["trunk_bytes"] + narrow * model["narrow_lot_bytes"]
+    held_bytes += (member["serving"] - narrow) * model["lot_bytes"]
     return f"{held_bytes / 1e6:,.0f} of {budget}"
 
 

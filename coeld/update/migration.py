@@ -6,11 +6,17 @@ memory is short for a lot that nobody serves, room is made in this order: lots w
 others serve, own replicas that others serve, and only then lots won by others that nobody else
 serves yet (a hole is traded for a hole that is ours to fill). Loading and draining lots count
 against the budget, because their bytes are in memory.
+
+A lot may be held in fewer bits than it is stored in (coeld.deployment.widths). One that changes its
+width is read again beside itself and answers meanwhile, so both forms count. What gets narrower
+goes before what is loaded, because it makes room, and what gets wider after it. Where not even one
+lot fits beside itself, some of one layer are dropped first.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from coeld.ids import Lot
 
@@ -19,6 +25,8 @@ class LotState(Enum):
     FREE = "free"
     LOADING = "loading"
     SERVING = "serving"
+    CHANGING = "changing"
+    """Serving, and being read again in the other width."""
     DRAINING = "draining"
 
 
@@ -26,6 +34,7 @@ class Move(Enum):
     LOAD = "load"
     LOADED = "loaded"
     FAILED = "failed"
+    CHANGE = "change"
     DROP = "drop"
     DROPPED = "dropped"
 
@@ -34,10 +43,15 @@ TRANSITIONS: Mapping[tuple[LotState, Move], LotState] = {
     (LotState.FREE, Move.LOAD): LotState.LOADING,
     (LotState.LOADING, Move.LOADED): LotState.SERVING,
     (LotState.LOADING, Move.FAILED): LotState.FREE,
+    (LotState.SERVING, Move.CHANGE): LotState.CHANGING,
+    (LotState.CHANGING, Move.LOADED): LotState.SERVING,
+    (LotState.CHANGING, Move.FAILED): LotState.SERVING,
     (LotState.SERVING, Move.DROP): LotState.DRAINING,
     (LotState.DRAINING, Move.DROPPED): LotState.FREE,
 }
 
+READ: Final = (LotState.LOADING, LotState.CHANGING)
+"""Of lots that are being read."""
 RETRY_S = 1.0
 RETRY_MAX_S = 60.0
 
@@ -50,14 +64,16 @@ class Wish:
     """Lots won here, and which copy."""
     elsewhere: Collection[Lot]
     """Lots that another present device serves."""
-    capacity: int
-    fill: int
-    """What loading may fill up to: less than `capacity` where layers are kept whole, so that room
-    is made and filled by whole layers and no layer is torn on the way."""
+    capacity_bytes: int
+    fill_bytes: int
+    """What loading may fill up to: less than `capacity_bytes` where layers are kept whole, so that
+    room is made and filled by whole layers and no layer is torn on the way."""
     urgent: bool
     """The auction rested long enough to load lots that nobody serves."""
     settled: bool
     """It rested long enough for moves and replicas too."""
+    narrow: Collection[int] = ()
+    """Layers whose lots are to be held in fewer bits than they are stored in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,8 @@ class Plan:
 
     drop: tuple[Lot, ...] = ()
     load: tuple[Lot, ...] = ()
+    narrow: bool = False
+    """Whether `load` is to be held in fewer bits than it is stored in."""
 
 
 class Migration:
@@ -73,6 +91,8 @@ class Migration:
 
     def __init__(self, batch_bytes: int) -> None:
         self._states: dict[Lot, LotState] = {}
+        self._narrow: set[Lot] = set()
+        """Of these, what is in fewer bits than stored; of what is changing, what it still is."""
         self._batch_bytes = batch_bytes
         self._failures: dict[Lot, tuple[int, float]] = {}
 
@@ -81,20 +101,32 @@ class Migration:
 
     @property
     def serving(self) -> tuple[Lot, ...]:
-        return tuple(sorted(self._in(LotState.SERVING)))
+        return tuple(sorted([*self._in(LotState.SERVING), *self._in(LotState.CHANGING)]))
 
     @property
     def loading(self) -> tuple[Lot, ...]:
         return tuple(sorted(self._in(LotState.LOADING)))
 
     @property
-    def held(self) -> int:
-        """Lots whose bytes are in memory, or will be in a moment."""
-        return len(self._states)
+    def busy(self) -> bool:
+        """Is a batch being read?"""
+        return any(state in READ for state in self._states.values())
+
+    @property
+    def narrow_layers(self) -> set[int]:
+        """Layers of which something is here in fewer bits than stored, or is about to be."""
+        return {lot.layer for lot in (*self._narrow, *self._in(LotState.CHANGING))}
+
+    def bytes(self, lot_bytes: int, narrow_bytes: int = 0) -> int:
+        """What is in memory, or will be in a moment."""
+        narrow, changing = len(self._narrow), self._in(LotState.CHANGING)
+        widening = sum(lot in self._narrow for lot in changing)
+        wide = len(self._states) - narrow + widening
+        return wide * lot_bytes + (narrow + len(changing) - widening) * narrow_bytes
 
     def keeps(self, lot: Lot) -> bool:
         """Is the lot in memory to stay, or about to be?"""
-        return self._states.get(lot) in (LotState.LOADING, LotState.SERVING)
+        return self.state(lot) not in (LotState.FREE, LotState.DRAINING)
 
     def state(self, lot: Lot) -> LotState:
         return self._states.get(lot, LotState.FREE)
@@ -111,9 +143,13 @@ class Migration:
     def apply(self, move: Move, lots: Iterable[Lot]) -> None:
         """Raises KeyError (a programming mistake) on a move that the table does not know."""
         for lot in lots:
-            after = TRANSITIONS[self.state(lot), move]
+            before = self.state(lot)
+            after = TRANSITIONS[before, move]
+            if before is LotState.CHANGING and move is Move.LOADED:
+                self._narrow ^= {lot}
             if after is LotState.FREE:
                 del self._states[lot]
+                self._narrow.discard(lot)
             else:
                 self._states[lot] = after
             if move is Move.LOADED:
@@ -133,26 +169,57 @@ class Migration:
     def engine_lost(self) -> None:
         """Nothing is in memory any more."""
         self._states.clear()
+        self._narrow.clear()
         self._failures.clear()
 
-    def plan(self, wish: Wish, lot_bytes: int) -> Plan:
+    def plan(self, wish: Wish, lot_bytes: int, narrow_bytes: int = 0) -> Plan:
         """The next drops and the next batch of loads, already applied to the states.
 
         One batch is in flight at a time, so what is decided while it loads is decided on facts.
         """
-        drop = self._surplus(wish)
-        room = wish.fill - len(self._states)
+        sizes = lot_bytes, narrow_bytes
+        drop = self._surplus(wish, sizes)
+        room = wish.fill_bytes - self.bytes(*sizes)
         holes, rest = self._wanted(wish)
-        if holes and len(holes) > room:
-            drop += self._room_for(holes, wish, len(holes) - room - self._draining(drop), drop)
-        self.apply(Move.DROP, drop)
+        narrower, wider = self._changes(wish)
+        need = sum(sizes[lot.layer in wish.narrow] for lot in holes)
+        if holes and need > room and not narrower:
+            need -= room + self._draining_bytes(drop, sizes)
+            drop += self._room_for(holes, wish, need, drop, sizes)
         load: list[Lot] = []
-        if not self._in(LotState.LOADING):
-            wanted = holes or rest
-            batch = max(1, self._batch_bytes // max(1, lot_bytes))
-            load = wanted[: _to_layer_end(wanted, min(room, batch), room)]
-            self.apply(Move.LOAD, load)
-        return Plan(tuple(sorted(drop)), tuple(load))
+        wanted = narrower or holes or rest or wider
+        if wanted and not self.busy:
+            load = self._batch(wanted, wish.narrow, room, sizes)
+            changes = self.state(wanted[0]) is LotState.SERVING
+            if changes and not load and not self._draining_bytes(drop, sizes):
+                drop += _instead(wanted, room, sizes, wish.narrow)
+            self.apply(Move.CHANGE if changes else Move.LOAD, load)
+        self.apply(Move.DROP, drop)
+        narrow = bool(load) and load[0].layer in wish.narrow
+        if narrow:
+            self._narrow.update(lot for lot in load if self.state(lot) is LotState.LOADING)
+        return Plan(tuple(sorted(drop)), tuple(load), narrow)
+
+    def _changes(self, wish: Wish) -> tuple[list[Lot], list[Lot]]:
+        """Lots won here that are to become narrower, and those that are to become wider."""
+        mine = sorted(lot for lot in self._in(LotState.SERVING) if lot in wish.won)
+        narrower = [lot for lot in mine if lot.layer in wish.narrow and lot not in self._narrow]
+        wider = [lot for lot in mine if lot.layer not in wish.narrow and lot in self._narrow]
+        return narrower if wish.urgent else [], wider if wish.settled else []
+
+    def _batch(
+        self, lots: Sequence[Lot], narrow: Collection[int], room: int, sizes: tuple[int, int]
+    ) -> list[Lot]:
+        """The first lots of one width that fit: a batch, or more to complete a layer, for layers
+        are served whole."""
+        width = lots[0].layer in narrow
+        alike = [lot for lot in lots if (lot.layer in narrow) == width]
+        size = max(1, sizes[width])
+        fits = min(max(0, room) // size, len(alike))
+        count = min(fits, max(1, self._batch_bytes // size))
+        while 0 < count < fits and alike[count].layer == alike[count - 1].layer:
+            count += 1
+        return alike[:count]
 
     def _wanted(self, wish: Wish) -> tuple[list[Lot], list[Lot]]:
         """Lots to load now: first those that nobody serves, else moves and replicas."""
@@ -163,26 +230,29 @@ class Migration:
         moves = [lot for lot in free if lot in wish.elsewhere and wish.won[lot] == 0]
         return holes, moves + [lot for lot in free if wish.won[lot] > 0]
 
-    def _surplus(self, wish: Wish) -> list[Lot]:
+    def _surplus(self, wish: Wish, sizes: tuple[int, int]) -> list[Lot]:
         """Lots that may go at once, and lots that must because the budget shrank."""
-        serving = self._in(LotState.SERVING)
         drop = []
         if wish.settled:
+            serving = self._in(LotState.SERVING)
             drop = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
-        excess = len(self._states) - wish.capacity - self._draining(drop)
+        excess = self.bytes(*sizes) - wish.capacity_bytes - self._draining_bytes(drop, sizes)
         if excess > 0:
-            drop += self._room_for([], wish, excess, drop)
+            drop += self._room_for([], wish, excess, drop, sizes)
         return drop
 
-    def _draining(self, drop: Collection[Lot]) -> int:
-        return len(self._in(LotState.DRAINING)) + len(drop)
+    def _draining_bytes(self, drop: Collection[Lot], sizes: tuple[int, int]) -> int:
+        return sum(sizes[lot in self._narrow] for lot in (*self._in(LotState.DRAINING), *drop))
 
     def _room_for(
-        self, holes: Collection[Lot], wish: Wish, count: int, taken: Collection[Lot]
+        self,
+        holes: Collection[Lot],
+        wish: Wish,
+        need: int,
+        taken: Collection[Lot],
+        sizes: tuple[int, int],
     ) -> list[Lot]:
-        """Up to `count` more lots to drop, those that are missed least first."""
-        if count <= 0:
-            return []
+        """More lots to drop, of `need` bytes or as many as may go, those missed least first."""
 
         def pain(lot: Lot) -> int:
             if lot in wish.elsewhere:
@@ -191,12 +261,20 @@ class Migration:
 
         victims = [lot for lot in self._in(LotState.SERVING) if lot not in taken]
         ceiling = 3 if holes else 4  # for a hole of ours never open one that is ours as well
-        ranked = sorted((pain(lot), lot) for lot in victims if pain(lot) <= ceiling)
-        return [lot for _, lot in ranked[:count]]
+        chosen: list[Lot] = []
+        for _, lot in sorted((pain(lot), lot) for lot in victims if pain(lot) <= ceiling):
+            if need <= 0:
+                break
+            chosen.append(lot)
+            need -= sizes[lot in self._narrow]
+        return chosen
 
 
-def _to_layer_end(lots: list[Lot], count: int, room: int) -> int:
-    """`count`, or as many more as complete the last lot's layer: layers are served whole."""
-    while 0 < count < min(room, len(lots)) and lots[count].layer == lots[count - 1].layer:
-        count += 1
-    return max(0, count)
+def _instead(
+    lots: Sequence[Lot], room: int, sizes: tuple[int, int], narrow: Collection[int]
+) -> list[Lot]:
+    """Lots of one layer to drop, that they may be read in their other width."""
+    layer = [lot for lot in lots if lot.layer == lots[0].layer]
+    if lots[0].layer in narrow:
+        return layer
+    return layer[: max(0, room) // max(1, sizes[0] - sizes[1])]

@@ -60,15 +60,17 @@ class Switchover:
         serving = [record for record in records if record.model == demand.model]
         addresses = {record.origin: (record.data_host, record.data_port) for record in serving}
         owners = self._owners(demand, serving, suspects, winners)
-        spans = _spans(demand, serving)
-        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes, spans)
+        spans, narrow = _spans(demand, serving), _narrow(demand, serving)
+        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes, spans, narrow)
         epoch = self._agree(fingerprint, serving)
         self.fingerprint = fingerprint
         mine = [Leg(self.me, *span) for span in closed]
         known = sorted([*mine, *(span for span in spans if span.node != self.me)])
         legs = find_legs(spans)
         return self._swap(
-            RouteTable(demand.model, epoch, owners, addresses, missing_bytes, legs, tuple(known))
+            RouteTable(
+                demand.model, epoch, owners, addresses, missing_bytes, legs, tuple(known), narrow
+            )
         )
 
     def agreed(self, records: Sequence[Record]) -> bool:
@@ -138,12 +140,19 @@ def _spans(demand: ModelDemand, records: Sequence[Record]) -> list[Leg]:
     return sorted(found)
 
 
+def _narrow(demand: ModelDemand, records: Sequence[Record]) -> tuple[int, ...]:
+    """Layers of which somebody holds something, or soon will, in fewer bits than stored."""
+    layers = {layer for r in records for run in r.narrow for layer in range(*run)}
+    return tuple(sorted(layer for layer in layers if layer < demand.layers))
+
+
 def _fingerprint(
     demand: ModelDemand,
     owners: Mapping[Lot, tuple[NodeId, ...]],
     addresses: Mapping[NodeId, tuple[str, int]],
     missing_bytes: int,
     spans: Sequence[Leg],
+    narrow: Sequence[int],
 ) -> str:
     """16 hex digits over what must be the same everywhere: sets of owners, without their order."""
     content = [
@@ -152,6 +161,7 @@ def _fingerprint(
         sorted(addresses.items()),
         missing_bytes,
         spans,
+        *([narrow] if narrow else []),
     ]
     text = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_CHARS]

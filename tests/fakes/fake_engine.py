@@ -139,6 +139,7 @@ class FakeEngine:
                 "decode_s": 2.0,
                 "stalls": [],
                 "wire": {},
+                "narrow": {},
             }
             self.say("use", requests=1, prompt_tokens=7, tokens=job.sent, experts={})
             self.say("done", id=ident, finish_reason=reason, completion_tokens=job.sent, **numbers)

@@ -116,7 +116,7 @@ def swarm_with_table(
     for node, engine in engines.items():
         engine.say("open", model=manifest.name)
         engine.hear("opened")
-        engine.say("load", lots=shares[node])
+        engine.say("load", lots=shares[node], narrow=False)
         engine.hear("loaded")
         engine.say("routes", table=table.to_json())
     return table, engines

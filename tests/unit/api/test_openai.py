@@ -184,6 +184,7 @@ DONE = {
     "decode_s": 2.0,
     "stalls": [0.5],
     "wire": {"rows_bytes": 7},
+    "narrow": {"experts": 16, "of": 240, "bits": 4},
 }
 
 

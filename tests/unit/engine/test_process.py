@@ -21,7 +21,7 @@ def agent(tiny_store):
 def open_all(agent: Engine, tiny) -> None:
     agent.say("open", model="tiny")
     assert agent.hear("opened", "failed")["hash"] == tiny.hash
-    agent.say("load", lots=tiny.demand().lots())
+    agent.say("load", lots=tiny.demand().lots(), narrow=False)
     assert len(agent.hear("loaded", "load_failed")["lots"]) == 24
 
 
@@ -71,7 +71,7 @@ def test_two_engines_share_a_model_and_answer_as_one(agent, tiny, tiny_store) ->
     pair[1].process.kill()
     text, message = pair[0].answer("alone")
     assert (text, message["type"]) == ("", "NotCovered")
-    pair[0].say("load", lots=lots[11:])
+    pair[0].say("load", lots=lots[11:], narrow=False)
     pair[0].hear("loaded")
     assert pair[0].answer("again", max_tokens=24)[0] == expected
     for each in pair:

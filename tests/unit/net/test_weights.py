@@ -44,7 +44,7 @@ class Device:
             DiskBudget(disk_bytes, spare_bytes),
             lambda: self.holders,
             lambda: self.swarm,
-            lambda lots: self.loaded.append(tuple(lots)),
+            lambda lots, _narrow: self.loaded.append(tuple(lots)),
             self.events.append,
         )
 

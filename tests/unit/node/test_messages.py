@@ -38,6 +38,8 @@ RECORD = Record(
     kernel_mb_per_s=3325,
     row_mb_per_s=25251,
     sparing=True,
+    stays_wide=True,
+    narrow=((0, 1), (4, 7)),
     model=ModelHash("5e" * 32),
     data_host="192.168.1.7",
     data_port=9000,
@@ -137,6 +139,13 @@ BAD = {
     "lots overlapping": change(["records", 0, "serving"], [[0, 0, 2], [0, 1, 1]]),
     "copy too large": change(["records", 0, "claims"], [[0, 0, 1, 8, 1]]),
     "bid too large": change(["records", 0, "claims"], [[0, 0, 1, 0, 2**63]]),
+    "narrow layers that are no runs": change(["records", 0, "narrow"], [3]),
+    "narrow layers that overlap": change(["records", 0, "narrow"], [[0, 2], [1, 3]]),
+    "a narrow layer too large": change(["records", 0, "narrow"], [[1023, 1025]]),
+    "too many narrow runs": change(
+        ["records", 0, "narrow"], [[2 * i, 2 * i + 1] for i in range(513)]
+    ),
+    "forbidden more than once": change(["records", 0, "wide"], 2),
     "asked for by nobody knows": change(["records", 0, "asked"], []),
     "rates of two kinds": change(["records", 0, "asked", "rates"], [1, 2]),
     "a negative rate": change(["records", 0, "asked", "rates"], [1, 2, -3]),

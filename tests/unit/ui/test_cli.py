@@ -12,7 +12,7 @@ from rich.console import Console
 
 from coeld.ui.cli import COMMANDS, HELP, main
 from coeld.ui.doctor_command import machine
-from coeld.ui.status_command import asked, devices, layers_owned, this_device
+from coeld.ui.status_command import asked, devices, headline, layers_owned, this_device
 
 HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
 
@@ -88,14 +88,28 @@ def swarm_status(devices: int) -> dict[str, Any]:
             "kernel_mb_per_s": 16_834,
             "cpu_load_percent": 100,
             "serving": 120,
+            "narrow": 24,
             "engine": True,
         }
         for number in range(devices)
     ]
     runs = [[layer, 0, 8] for layer in range(0, 29, 2)] + [[29, 3, 5]]
-    model = {"experts": 8, "trunk_bytes": 60_192_000, "lot_bytes": 352_512}
+    model = {
+        "experts": 8,
+        "trunk_bytes": 60_192_000,
+        "lot_bytes": 352_512,
+        "narrow_lot_bytes": 190_000,
+    }
     owners = {member["node"]: runs for member in members}
     return {"node": {"me": f"{0:016x}", "members": members, "model": model, "owners": owners}}
+
+
+def test_the_headline_says_how_many_experts_are_narrow() -> None:
+    routes = {"covered": 240, "total": 240, "epoch": 9, "missing_bytes": 0, "narrow": 0}
+    status = {"node": {"model": {"name": "m"}, "routes": routes}, "engine": {"trouble": ""}}
+    assert headline(status) == "m: 240 of 240 experts are served, epoch 9"
+    routes["narrow"] = 24
+    assert "24 of them are held in fewer bits than stored" in headline(status)
 
 
 @pytest.mark.parametrize("width", [80, 200])
@@ -105,7 +119,7 @@ def test_the_table_of_devices_fits_the_terminal(width: int) -> None:
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= width
     (line,) = [line for line in lines if "raspberry-0 *" in line]  # names are not folded
-    assert "102 of 1,104 MB  16.8 GB/s  100 %  120" in line
+    assert "99 of 1,104 MB  16.8 GB/s  100 %  120" in line
     assert "29[3-7]" in out.getvalue()
     if width == 200:
         assert len(lines) <= 9

@@ -48,8 +48,8 @@ def test_replicas_wait_until_the_auction_has_settled() -> None:
 def test_batches_are_bounded_by_bytes_but_hold_at_least_one_whole_layer() -> None:
     migration = Migration(batch_bytes=300)
     won = dict.fromkeys(LOTS, 0)
-    assert migration.plan(wish(won), 100).load == tuple(LOTS[:4])
-    assert Migration(1).plan(wish(won), 100).load == tuple(LOTS[:2])
+    assert migration.plan(wish(won, capacity=800), 100).load == tuple(LOTS[:4])
+    assert Migration(1).plan(wish(won, capacity=800), 100).load == tuple(LOTS[:2])
 
 
 def test_a_lot_that_another_won_is_kept_until_that_device_serves_it() -> None:
@@ -107,3 +107,63 @@ def test_room_is_made_and_filled_by_whole_layers_where_there_is_room_for_one_lot
     assert migration.plan(want, 1) == Plan(drop=tuple(LOTS[:2]))
     migration.apply(Move.DROPPED, LOTS[:2])
     assert migration.plan(want, 1) == Plan(load=tuple(LOTS[4:6]))
+
+
+SIZES = 100, 55
+
+
+def narrowing(
+    won: Collection[Lot], room: int, layers: Collection[int], settled: bool = True
+) -> Wish:
+    return Wish(dict.fromkeys(won, 0), set(), room, room, True, settled, frozenset(layers))
+
+
+def test_a_layer_becomes_narrow_beside_itself_before_what_it_makes_room_for() -> None:
+    migration = holding(LOTS[:4])
+    want = narrowing(LOTS[:6], 500, [1, 2])
+    assert migration.plan(want, *SIZES) == Plan(load=tuple(LOTS[2:3]), narrow=True)
+    assert migration.bytes(*SIZES) == 455  # both forms of one lot
+    assert migration.serving == tuple(LOTS[:4])
+    assert migration.narrow_layers == {1}, "told before it answers so"
+    assert migration.plan(want, *SIZES) == Plan()
+    migration.apply(Move.LOADED, LOTS[2:3])
+    assert migration.plan(want, *SIZES) == Plan(load=tuple(LOTS[3:4]), narrow=True)
+    migration.apply(Move.LOADED, LOTS[3:4])
+    assert migration.bytes(*SIZES) == 310
+    assert migration.plan(want, *SIZES) == Plan(load=tuple(LOTS[4:6]), narrow=True)
+    migration.apply(Move.LOADED, LOTS[4:6])
+    assert migration.bytes(*SIZES) == 420
+    assert migration.plan(want, *SIZES) == Plan()
+
+
+def test_where_not_one_lot_fits_beside_itself_a_layer_is_dropped_first() -> None:
+    migration = holding(LOTS[:4])
+    want = narrowing(LOTS[:4], 430, [1])
+    assert migration.plan(want, *SIZES) == Plan(drop=tuple(LOTS[2:4]))
+    assert migration.plan(want, *SIZES) == Plan()
+    migration.apply(Move.DROPPED, LOTS[2:4])
+    assert migration.plan(want, *SIZES) == Plan(load=tuple(LOTS[2:4]), narrow=True)
+
+
+def test_bits_come_back_last_and_only_in_quiet() -> None:
+    migration = holding(LOTS[:4])
+    migration.plan(narrowing(LOTS[:4], 1000, [0]), *SIZES)
+    migration.apply(Move.LOADED, LOTS[:2])
+    assert migration.plan(narrowing(LOTS[:4], 1000, [], settled=False), *SIZES) == Plan()
+    assert migration.plan(narrowing(LOTS[:5], 1000, []), *SIZES) == Plan(load=(LOTS[4],))
+    migration.apply(Move.LOADED, LOTS[4:5])
+    assert migration.plan(narrowing(LOTS[:5], 1000, []), *SIZES) == Plan(load=tuple(LOTS[:2]))
+    assert migration.narrow_layers == {0}
+    assert migration.bytes(*SIZES) == 300 + 2 * 155
+    migration.apply(Move.LOADED, LOTS[:2])
+    assert (migration.narrow_layers, migration.bytes(*SIZES)) == (set(), 500)
+
+
+def test_a_change_that_fails_leaves_the_lot_as_it_was() -> None:
+    migration = holding(LOTS[:2])
+    migration.plan(narrowing(LOTS[:2], 1000, [0]), *SIZES)
+    assert migration.failed(LOTS[:2], now=0.0) == 1.0
+    assert migration.serving == tuple(LOTS[:2])
+    assert (migration.narrow_layers, migration.bytes(*SIZES)) == (set(), 200)
+    migration.engine_lost()
+    assert migration.bytes(*SIZES) == 0
