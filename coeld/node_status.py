@@ -56,6 +56,7 @@ def _member(
         "kernel_mb_per_s": known.kernel_mb_per_s,
         "row_mb_per_s": known.row_mb_per_s,
         "sparing": known.sparing,
+        "stays_wide": known.stays_wide,
         "asked_per_min": _asked(known) if here else None,
         "cpu_load_percent": known.cpu_load_percent,
         "serving": len(known.serving) if here else 0,

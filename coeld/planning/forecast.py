@@ -11,6 +11,7 @@ from typing import Final
 from coeld.deployment import chains
 from coeld.deployment.cost import CostModel, Device, Share, Tier, kv_cache_bytes
 from coeld.deployment.proposal import Deliberation, Facts, is_whole, shares_of
+from coeld.deployment.widths import must_narrow, narrow_layers
 from coeld.ids import Lot, NodeId
 from coeld.planning.fleet import Machine, link_between
 from coeld.planning.shape import WIDTHS, Shape
@@ -40,6 +41,8 @@ class Forecast:
     owners: Mapping[Lot, int]
     """Index of the machine that holds each lot."""
     whole: bool
+    narrow: frozenset[int] = frozenset()
+    """Layers that are held in fewer bits than stored, because the rest would not fit."""
     asker: int = 0
     token_us: int = 0
     chained_us: int = 0
@@ -65,13 +68,15 @@ def choose_width(
     return WIDTHS[-1]
 
 
-def rooms(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> list[int]:
-    """Lots that fit at each device beside trunk and KV cache."""
+def rooms_bytes(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> list[int]:
+    """For lots at each device, beside trunk and KV cache."""
     cache = kv_cache_bytes(demand, context_tokens, REQUESTS)
-    return [
-        max(0, m.budget_bytes - demand.trunk_bytes - cache * m.asks) // demand.lot_bytes
-        for m in machines
-    ]
+    return [max(0, m.budget_bytes - demand.trunk_bytes - cache * m.asks) for m in machines]
+
+
+def rooms(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> list[int]:
+    """Lots that fit at each device."""
+    return [room // demand.lot_bytes for room in rooms_bytes(demand, machines, context_tokens)]
 
 
 def lacking(demand: ModelDemand, machines: Sequence[Machine], context_tokens: int) -> int:
@@ -98,18 +103,19 @@ def forecast(
 
     Memory is left for a KV cache of `context_tokens`; a token is timed after `prompt_tokens`.
     """
-    fits = rooms(demand, machines, context_tokens)
+    spare = rooms_bytes(demand, machines, context_tokens)
+    narrow = must_narrow(demand, spare)
     devices = tuple(
         Device(
             NodeId(f"{index:016x}"),
-            (Tier("ram", room * demand.lot_bytes, m.kernel_mb_per_s, m.row_mb_per_s),),
+            (Tier("ram", room, m.kernel_mb_per_s, m.row_mb_per_s),),
             weight=int(m.asks),
         )
-        for index, (m, room) in enumerate(zip(machines, fits, strict=True))
+        for index, (m, room) in enumerate(zip(machines, spare, strict=True))
     )
     links = tuple(tuple(link_between(a, b) for b in machines) for a in machines)
-    facts = Facts(demand, devices, links, split, spans=False)  # what swarm.spans is by default
-    missing = lacking(demand, machines, context_tokens)
+    facts = Facts(demand, devices, links, split, spans=False, narrow=narrow)  # as by default
+    missing = 0 if narrow else lacking(demand, machines, context_tokens)
     thinking = Deliberation(facts)
     while not thinking.advance():
         pass
@@ -127,6 +133,7 @@ def forecast(
         0,
         owners,
         is_whole(found.owners),
+        _narrow(demand, owners, spare) if narrow else frozenset(),
         asker,
         times[asker],
         chains.token_us(replace(facts, spans=True).model(), asker, layers, prompt_tokens),
@@ -134,6 +141,15 @@ def forecast(
         tuple(_parts(model, asker, layers, prompt_tokens)),
         _slowest(model, asker, layers, machines),
     )
+
+
+def _narrow(demand: ModelDemand, owners: Mapping[Lot, int], spare: Sequence[int]) -> frozenset[int]:
+    """What each device would narrow of its layers."""
+    chosen: set[int] = set()
+    for index, room in enumerate(spare):
+        mine = [lot for lot, owner in owners.items() if owner == index]
+        chosen |= narrow_layers(demand, mine, room, ())
+    return frozenset(chosen)
 
 
 def _parts(

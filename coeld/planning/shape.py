@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from coeld.errors import ConfigError, ModelError
 from coeld.ids import ModelHash
 from coeld.model.manifest import BLOCKS, HEAD_BLOCK
+from coeld.model.narrow import NARROW_BITS, STORED_BITS, demand_of
 from coeld.model.store import Store
 from coeld.planning.toml_file import Table, parse
 from coeld.view import ModelDemand
@@ -71,18 +72,23 @@ class Shape:
         if lots == 1:
             lots = next(n for n in range(SLICES, 0, -1) if width % n == 0)
             width //= lots
+
+        def lot_bytes(bits: int) -> int:
+            return int(3 * self.hidden * width * _bytes_per_weight(bits, self._block))
+
         return ModelDemand(
             model=ModelHash("0" * 64),
             name=self.name,
             layers=self.layers,
             experts=lots,
-            lot_bytes=int(3 * self.hidden * width * _bytes_per_weight(bits, self._block)),
+            lot_bytes=lot_bytes(bits),
             trunk_bytes=layer * self.layers + head + embedding,
             top_k=self.top_k if self.experts > 1 else lots,
             hidden=self.hidden,
             embedding_bytes=embedding,
             head_bytes=head,
             kv_bytes_per_token=8 * self.layers * kv,
+            narrow_lot_bytes=lot_bytes(NARROW_BITS) if bits == STORED_BITS else 0,
         )
 
     @property
@@ -187,7 +193,7 @@ def find_demand(model: str, store: Store) -> "ModelDemand | Shape":
 
         return from_config(*fetch_config(model))
     if model in store.names():
-        return store.manifest(model).demand()
+        return demand_of(store.manifest(model))
     known = shipped()
     by_name = {name.lower(): name for name in known}
     if name := by_name.get(model.lower()):

@@ -88,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         demand = found.demand(bits, arguments.trunk_bits)
     else:
         demand = found
+    if status and any(member.get("stays_wide") for member in status["node"]["members"]):
+        demand = replace(demand, narrow_lot_bytes=0)
     plan = forecast.forecast(demand, machines, arguments.prompt_tokens, context, arguments.split)
     changed = forecast.changes(plan, arguments.prompt_tokens, context, arguments.split)
     shape = found if isinstance(found, Shape) else None
@@ -156,12 +158,13 @@ def as_json(
                 "budget_bytes": machine.budget_bytes,
                 "trunk_bytes": plan.demand.trunk_bytes,
                 "lots": lots,
-                "lots_bytes": lots * plan.demand.lot_bytes,
+                "lots_bytes": _lots_bytes(plan, index),
                 "speed_measured": machine.measured,
             }
-            for machine, lots in zip(plan.machines, holds, strict=True)
+            for index, (machine, lots) in enumerate(zip(plan.machines, holds, strict=True))
         ],
         "whole_layers": plan.whole,
+        "narrow_experts": len(plan.narrow) * plan.demand.experts,
         "asked": plan.machines[plan.asker].name,
         "tokens_per_s": round(plan.tokens_per_s, 3),
         "token_us": plan.token_us,
@@ -211,6 +214,11 @@ def show(
             "--budget-mb) if they have it."
         )
     else:
+        if plan.narrow:
+            console.print(
+                f"Fits with {len(plan.narrow) * demand.experts} of {demand.layers * demand.experts}"
+                " experts in 4 bits instead of 8: answers are worse (memory.narrow)."
+            )
         first_s = (plan.prefill_us + plan.token_us) / 1e6
         console.print(
             f"Fits. Predicted at {plan.machines[plan.asker].name}: {plan.tokens_per_s:.1f} tok/s; "
@@ -225,6 +233,12 @@ def show(
         console.print("* an estimated speed, see the profile's source")
 
 
+def _lots_bytes(plan: "Forecast", index: int) -> int:
+    """Of the experts that a device would hold."""
+    mine = (lot for lot, owner in plan.owners.items() if owner == index)
+    return sum(plan.demand.sizes[lot.layer in plan.narrow] for lot in mine)
+
+
 def _enough_mb(plan: "Forecast", arguments: argparse.Namespace) -> int:
     from coeld.planning.forecast import enough_each
 
@@ -237,7 +251,7 @@ def _devices(plan: "Forecast") -> Any:
     layers: list[dict[int, int]] = [{} for _ in plan.machines]
     for lot, index in plan.owners.items():
         layers[index][lot.layer] = layers[index].get(lot.layer, 0) + 1
-    for machine, held in zip(plan.machines, layers, strict=True):
+    for index, (machine, held) in enumerate(zip(plan.machines, layers, strict=True)):
         if plan.whole:
             what = "layers " + layers_owned(
                 [[layer, 0, count] for layer, count in sorted(held.items())], plan.demand.experts
@@ -248,7 +262,7 @@ def _devices(plan: "Forecast") -> Any:
             machine.name,
             f"{machine.budget_bytes / 1e9:.1f} GB",
             f"{plan.demand.trunk_bytes / 1e9:.1f}",
-            f"{sum(held.values()) * plan.demand.lot_bytes / 1e9:.1f}",
+            f"{_lots_bytes(plan, index) / 1e9:.1f}",
             what if held else "nothing",
             f"{machine.kernel_mb_per_s / 1000:.1f} GB/s{'' if machine.measured else ' *'}",
             machine.link,

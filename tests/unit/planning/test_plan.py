@@ -140,8 +140,9 @@ def test_what_does_not_fit_says_how_much_is_missing_and_the_width_follows_the_me
     few, many = read_fleet("1xraspberry-pi-5"), read_fleet("4xraspberry-pi-5")
     assert choose_width(known, many, 512, 8) == 8
     assert choose_width(known, few, 512, 8) == 4
-    found = forecast(known.demand(8), few, 128, 512, False)
-    assert found.missing_bytes == lacking(known.demand(8), few, 512) > 10**9
+    stays_wide = replace(known.demand(8), narrow_lot_bytes=0)
+    found = forecast(stays_wide, few, 128, 512, False)
+    assert found.missing_bytes == lacking(stays_wide, few, 512) > 10**9
     assert changes(found, 128, 512, False)[0][1].missing_bytes < found.missing_bytes
 
 
@@ -214,3 +215,34 @@ def test_the_command_prints_tables_or_json_and_says_by_its_status_whether_it_fit
     assert main(["plan", "--model", "OLMoE-1B-7B"]) == 1
     assert main(["plan", "--list"]) == 0
     assert "Qwen3-30B-A3B" in capsys.readouterr().out
+
+
+def test_what_fits_only_with_narrow_layers_says_how_many(tmp_path, capsys) -> None:
+    path = tmp_path / "larger.toml"
+    path.write_text(
+        SMALL.replace("hidden = 256", "hidden = 1024").replace("width = 128", "width = 512")
+    )
+    known = parse_shape(path.read_text(), "larger")
+    demand = known.demand(8)
+    layer = demand.experts * demand.lot_bytes
+    assert demand.narrow_lot_bytes == known.demand(4).lot_bytes
+    cache = demand.kv_bytes_per_token * 64
+    (machine,) = read_fleet(PI5)
+    room = demand.trunk_bytes + cache + int(3.7 * layer)
+    tight = (replace(machine, budget_bytes=room),)
+    plan = forecast(demand, tight, 16, 64, split=False)
+    assert plan.missing_bytes == 0
+    assert len(plan.narrow) == 1
+    assert forecast(replace(demand, narrow_lot_bytes=0), tight, 16, 64, split=False).missing_bytes
+    whole = (replace(machine, budget_bytes=room + layer),)
+    assert not forecast(demand, whole, 16, 64, split=False).narrow
+    none = (replace(machine, budget_bytes=room - 2 * layer),)
+    assert forecast(demand, none, 16, 64, split=False).missing_bytes
+
+    fleet = tmp_path / "fleet.toml"
+    mb = -(-room // 10**6)
+    assert mb * 10**6 < room + 0.3 * layer, "else all of it fits"
+    fleet.write_text(f'[[device]]\nprofile = "{PI5}"\nbudget_mb = {mb}\n')
+    words = ["plan", "--model", str(path), "--devices", str(fleet), "--bits", "8"]
+    assert main([*words, "--context-tokens", "64"]) == 0
+    assert "Fits with 8 of 32 experts in 4 bits" in capsys.readouterr().out
