@@ -78,7 +78,10 @@ def choose(
     plan = blueprint(checkpoint)
     vocabulary = checkpoint.vocabulary(plan.shape.vocab)
     if vocabulary is None:
-        raise BadRequest("--budget: this model has no tokenizer, so that no text can be measured.")
+        raise BadRequest(
+            "--budget: this model has no tokenizer, so that no text can be measured. Add it with "
+            "--bits 8, 4, 3 or 2 instead, or put its tokenizer.json beside the weights."
+        )
     tokens = sample(vocabulary.json, _read(args.calibrate))
     statistics = measure(plan, tokens, args.calibrate.name, _in_bytes(progress, checkpoint.bytes))
     allocation = Allocation(plan, args.trunk_bits, statistics, WIDTHS)
