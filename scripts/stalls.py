@@ -1,9 +1,9 @@
 """Gaps between the tokens of one answer while the plan of its device changes under it.
 
-A real engine process answers without end; a second one holds a third of the lots. By orders such as
-the agent gives: fused graphs are cut for the peer, a third of the lots is dropped here and then runs
-there, is loaded again, and the graphs are fused once more. A phase lasts until the engine says that
-nothing is left to do.
+A real engine process answers without end; a second one holds a third of the lots. By orders such
+as the agent gives: fused graphs are cut for the peer, a third of the lots is dropped here and then
+runs there, is loaded again, and the graphs are fused once more. A phase lasts until the engine says
+that nothing is left to do.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def run(store: Store, manifest: Manifest, threads: int) -> None:
             for engine in (here, there):
                 engine.say("routes", table=table.to_json())
 
-        mine = {lot: (HERE,) for lot in lots}
+        mine = dict.fromkeys(lots, (HERE,))
         shared = {lot: (HERE, THERE) if lot in set(third) else (HERE,) for lot in lots}
         theirs = {lot: (THERE,) if lot in set(third) else (HERE,) for lot in lots}
         follow(1, mine, both=False)

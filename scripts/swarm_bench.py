@@ -5,6 +5,8 @@ is asked. Modes:
 
     cuts    each layer's experts dealt out to all devices; attention at the device that is asked
     spans   consecutive layers at each device, one leg each
+    market  whole daemons, whose memory budgets allow each only its share and a layer more: the
+            auction places, and routes go by what the cost model predicts
 
 llama.cpp's RPC, where LLAMA_BENCH names a llama-bench built with it, runs in the same lab: a
 server with one thread on each device, llama-bench on the first. Rounds alternate over everything
@@ -13,13 +15,15 @@ that is measured, so that a machine that slows down slows down all of it; figure
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,9 +38,12 @@ from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 from coeld.routes import Leg, RouteTable
 from tests.harness.engine import Engine
+from tests.harness.lab_swarm import LabDevice, swarm_in_lab
 from tests.netlab import PROFILES, Lab
 
-PROMPT_TOKENS, GEN_TOKENS = 128, 64
+PROMPT_TOKENS, GEN_TOKENS, CONTEXT_TOKENS = 128, 64, 512
+QUIET_S = 5.0
+"""Without news of routes: the swarm has organised itself."""
 RPC_PORT = 50052
 READY_S = 240.0
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly boil green soup "
@@ -98,9 +105,14 @@ def engines(lab: Lab, store: Store, manifest: Manifest, mode: str) -> Iterator[E
         for node, name in zip(shares, names, strict=True):
             start = partial(lab.start, name)
             made[node] = Engine(
-                store.root, node=node, context=512, start=start, host=lab.addresses[name],
-                call_deadline_ms=5000, patience_s=10.0,
-            )  # fmt: skip
+                store.root,
+                node=node,
+                context=CONTEXT_TOKENS,
+                start=start,
+                host=lab.addresses[name],
+                call_deadline_ms=5000,
+                patience_s=10.0,
+            )
             made[node].sock.settimeout(READY_S)
         ports = {node: engine.hear("ready")["data_port"] for node, engine in made.items()}
         owners = {lot: (node,) for node, lots in shares.items() for lot in lots}
@@ -160,6 +172,60 @@ def note_split(runs: Runs, done: dict) -> None:
         runs.splits.append({**found, "KB": sent / steps / 1000})
 
 
+def run_market(
+    store: Store, manifest: Manifest, profile: str, count: int, cpu: float, runs: Runs, repeats: int
+) -> None:
+    """Daemons that organise themselves; the first one is asked."""
+    demand = manifest.demand()
+    share = min(demand.layers, demand.layers // count + 1) * demand.experts * demand.lot_bytes
+    budget_mb = math.ceil((demand.trunk_bytes + share) / 1e6)
+    spans = "spans = true"
+    sizes, context = [budget_mb] * count, f"context_tokens = {CONTEXT_TOKENS}"
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        swarm_in_lab(
+            Path(folder), sizes, profile, manifest.name, cpu=cpu, swarm=spans, engine=context
+        ) as devices,
+    ):
+        wait_quiet(devices)
+        text = WORDS * 20
+        text = text[: len(text) * PROMPT_TOKENS // complete(devices[0], text, 1)["prompt_tokens"]]
+        for repeat in range(repeats + 1):
+            usage = complete(devices[0], text, GEN_TOKENS)
+            if repeat == 0:
+                wait_quiet(devices)  # links have been measured now: routes may follow
+                continue
+            times = usage["x_coeld"]
+            runs.decode.append(times["decode_tokens_per_s"])
+            runs.prefill.append(usage["prompt_tokens"] / times["prefill_s"])
+
+
+def complete(device: LabDevice, prompt: str, tokens: int) -> dict:
+    """The usage of a greedy completion."""
+    body = {"model": device.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    with closing(demo.UnixConnection(device.socket)) as connection:
+        connection.timeout = READY_S
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        answer = json.loads(connection.getresponse().read())
+    if "usage" not in answer:
+        raise SystemExit(f"the answer failed: {answer}")
+    return answer["usage"]
+
+
+def wait_quiet(devices: list[LabDevice]) -> None:
+    """Everything is served, all agree, and that has been so for QUIET_S."""
+    deadline_s, since_s, before = time.monotonic() + READY_S, time.monotonic(), None
+    while time.monotonic() - since_s < QUIET_S:
+        if time.monotonic() > deadline_s:
+            raise SystemExit(f"the swarm does not come to rest: {before}")
+        now = [(device.status() or {}).get("node", {}).get("routes") for device in devices]
+        whole = demo.settled(devices, len(devices))  # type: ignore[arg-type]
+        if not whole or now != before:
+            since_s, before = time.monotonic(), now
+        time.sleep(0.1)
+
+
 def run_llama(lab: Lab, program: Path, gguf: Path, runs: Runs) -> None:
     """llama-bench on the first device, rpc servers on all."""
     folder = program.parent
@@ -207,6 +273,40 @@ def tell(key: tuple[str, ...], runs: Runs) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
+def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
+    """Profile, number of devices, mode; for one device the modes are the same, and one will do."""
+    modes = arguments.modes.split(",")
+    llama = ["llama"] if arguments.gguf and os.environ.get("LLAMA_BENCH") else []
+    for profile in arguments.profiles.split(","):
+        for count in map(int, arguments.devices.split(",")):
+            for mode in [*(modes if count > 1 else modes[:1]), *llama]:
+                yield profile, count, mode
+
+
+def run(
+    mode: str,
+    profile: str,
+    count: int,
+    store: Store,
+    manifest: Manifest,
+    arguments: argparse.Namespace,
+    runs: Runs,
+) -> None:
+    """One setting, once."""
+    if mode == "market":
+        run_market(store, manifest, profile, count, arguments.cpu, runs, arguments.repeats)
+        return
+    names = [f"d{n}" for n in range(1, count + 1)]
+    with Lab(names, PROFILES[profile]) as lab:
+        for name in names:
+            lab.limit(name, arguments.cpu)
+        if mode == "llama":
+            run_llama(lab, Path(os.environ["LLAMA_BENCH"]), arguments.gguf, runs)
+            return
+        with engines(lab, store, manifest, mode) as engine:
+            measure(engine, runs, arguments.repeats)
+
+
 def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that labs are taken down
@@ -216,29 +316,13 @@ def main() -> None:
         words = store.manifest(arguments.vocabulary).tokenizer
         manifest = replace(manifest, name=f"{manifest.name}-words", tokenizer=words)
         store.save(manifest)
-    program = os.environ.get("LLAMA_BENCH")
     found: dict[tuple[str, ...], Runs] = {}
     for _ in range(arguments.rounds):
-        for profile in arguments.profiles.split(","):
-            for count in map(int, arguments.devices.split(",")):
-                names = [f"d{n}" for n in range(1, count + 1)]
-                for mode in arguments.modes.split(","):
-                    if count == 1 and mode != arguments.modes.split(",")[0]:
-                        continue
-                    with Lab(names, PROFILES[profile]) as lab:
-                        for name in names:
-                            lab.limit(name, arguments.cpu)
-                        key = profile, str(count), "one device" if count == 1 else mode
-                        with engines(lab, store, manifest, mode) as engine:
-                            measure(engine, found.setdefault(key, Runs()), arguments.repeats)
-                        tell(key, found[key])
-                if program and arguments.gguf:
-                    with Lab(names, PROFILES[profile]) as lab:
-                        for name in names:
-                            lab.limit(name, arguments.cpu)
-                        key = profile, str(count), "llama.cpp RPC"
-                        run_llama(lab, Path(program), arguments.gguf, found.setdefault(key, Runs()))
-                        tell(key, found[key])
+        for profile, count, mode in settings(arguments):
+            key = profile, str(count), "one device" if count == 1 and mode != "llama" else mode
+            runs = found.setdefault(key, Runs())
+            run(mode, profile, count, store, manifest, arguments, runs)
+            tell(key, runs)
     print("| model | network | devices | mode | decode tok/s | prefill tok/s | ms, KB per token |")
     print("|---|---|---|---|---|---|---|")
     for key in sorted(found):

@@ -89,10 +89,11 @@ def swarm_in_lab(
     profile: str = "lan",
     model: str = demo.MODEL,
     mosquitto: bool = False,
+    cpu: float = 0.0,
     **sections: str,
 ) -> Iterator[list[LabDevice]]:
-    """Devices device-1, device-2, ... started in a lab of their own; `mosquitto`: round a broker
-    on a device of its own instead of their own ones."""
+    """Devices device-1, device-2, ... started in a lab of their own, with `cpu` cores each (0: no
+    limit); `mosquitto`: round a broker on a device of its own instead of their own ones."""
     numbers = range(1, len(budgets_mb) + 1)
     devices = [LabDevice(n, folder / f"d{n}", model=model) for n in numbers]
     names = [device.name for device in devices] + [BROKER] * mosquitto
@@ -103,6 +104,7 @@ def swarm_in_lab(
             sections["swarm"] = f"{swarm}\n{sections.get('swarm', '')}"
         for device, budget_mb in zip(devices, budgets_mb, strict=True):
             device.configure_in(lab, budget_mb, **sections)
+            lab.limit(device.name, cpu)
             device.start()
         yield devices
         demo.stop(devices)
