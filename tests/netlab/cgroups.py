@@ -13,7 +13,7 @@ from typing import Final
 
 PREFIX: Final = "coeld-netlab"
 CONTROLLERS: Final = ("cpu", "memory")
-PERIOD_US: Final = 5000
+PERIOD_US: Final = 1000
 """Of CPU quotas: a device stalls no longer than this, where the default of 100 ms adds jitter."""
 QUOTA_US_MIN: Final = 1000
 """The kernel's limit; shares below a fifth of a core get a longer period."""
