@@ -26,6 +26,7 @@ import numpy as np
 
 from coeld.datapath.branches import Branch, Branches, Picked
 from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
+from coeld.datapath.quality import Errors
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -115,13 +116,17 @@ class Dispatcher:
     def run(self, layer: int, x: Rows, gates: Gates | None, waiter: Waiter) -> Rows:
         """Sum over the layer's experts of gate * expert(x), x (n, H); no gates: all 1.
 
-        Raises NotCovered, and what the waiter raises.
+        What `waiter.quality` allows to be lost may be lost. Raises NotCovered, and what the waiter
+        raises.
         """
+        errors = waiter.quality.errors(layer)
+        if gates is not None and errors[1] > 0 and len(self.runner.here(layer)) < self.experts:
+            gates, errors = waiter.quality.prune(layer, gates)
         chosen = self._chosen(gates)
         waiting_since: float | None = None
         while True:
             version, failures = self.board.version, self.failures
-            total = self._attempt(layer, chosen, x, gates, waiter)
+            total = self._attempt(layer, chosen, x, gates, errors, waiter)
             if total is not None:
                 break
             if self.failures > failures:
@@ -147,7 +152,13 @@ class Dispatcher:
         return frozenset(np.flatnonzero(columns).tolist())
 
     def _attempt(
-        self, layer: int, chosen: frozenset[int], x: Rows, gates: Gates | None, waiter: Waiter
+        self,
+        layer: int,
+        chosen: frozenset[int],
+        x: Rows,
+        gates: Gates | None,
+        errors: Errors,
+        waiter: Waiter,
     ) -> Rows | None:
         """Call every owner, run what is here, collect: the sum, or None if any part is missing.
 
@@ -158,7 +169,6 @@ class Dispatcher:
         if shares is None:
             return None
         split, quality = waiter.split, waiter.quality
-        errors = quality.errors(layer)
         started_s, here_s, branches = time.monotonic(), 0.0, []
         for nodes, experts in shares.calls.items():
             ids = sorted(experts)

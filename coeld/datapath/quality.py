@@ -5,15 +5,22 @@ default, is exact: rows travel as float32 and answers have the bits of one devic
 shared out equally over the transfers that a token makes: two for every layer whose experts are not
 all here, two for every leg elsewhere (`coeld.compression.transfer`). Senders compute the error of
 what they encode, so what was spent is a sum of what happened, times the sensitivity of the place;
-it is reported with the answer.
+it is reported with the answer. Where experts are chosen by a router, pairs of a row and an expert
+whose gate weight is next to nothing are left out first, within a part of what results may err.
 """
 
 from dataclasses import dataclass
+from math import sqrt
 
+import numpy as np
+from numpy.typing import NDArray
+
+from coeld.compression import pruning
 from coeld.compression.rotation import Rows
 from coeld.compression.transfer import SENSITIVITY_HOP, Coded, error_allowed, sensitivity
 from coeld.compression.wire import ERROR_MAX
 
+Gates = NDArray[np.float32]
 Errors = tuple[float, float]
 """Relative errors that are allowed, or were made: of rows on their way out, of results back."""
 EXACT: Errors = (0.0, 0.0)
@@ -49,6 +56,8 @@ class Quality:
     """Rows sent and received, as they were encoded."""
     float32_bytes: int = 0
     """The same rows as float32."""
+    pruned_pairs: int = 0
+    """Rows that an expert they chose was not asked about."""
     tokens: int = 0
     kl_sum: float = 0.0
     """Estimated, over all tokens."""
@@ -70,6 +79,19 @@ class Quality:
     def hop_errors(self) -> Errors:
         """What a leg elsewhere may err."""
         return self._allowed((SENSITIVITY_HOP, SENSITIVITY_HOP)) if self.transfers else EXACT
+
+    def prune(self, layer: int, gates: Gates) -> tuple[Gates, Errors]:
+        """Gate weights (n, experts) of a layer without those that hardly count, and what its calls
+        may still err. The others keep their weights."""
+        out, back = self.errors(layer)
+        keep = pruning.kept(gates, back * sqrt(pruning.SHARE))
+        dropped = int(np.count_nonzero(gates[~keep]))
+        if not dropped:
+            return gates, (out, back)
+        error = pruning.error_of(gates, keep)
+        self.pruned_pairs += dropped
+        self.kl_sum += sensitivity(layer, self.layers)[1] * error * error * len(gates)
+        return np.where(keep, gates, np.float32(0)), (out, sqrt(back * back - error * error))
 
     def count(self, layer: int, traffic: Traffic, rows: int, hidden: int, branches: int) -> None:
         """A call for one of a layer's `branches` has been answered."""

@@ -377,6 +377,7 @@ class _Answer:
                 "kl_estimate": round(request.quality.kl_estimate, 6),
                 "rows_bytes": request.quality.rows_bytes,
                 "float32_bytes": request.quality.float32_bytes,
+                "pruned_pairs": request.quality.pruned_pairs,
             },
             narrow={
                 "experts": max(self._narrow, self._engine.narrow),

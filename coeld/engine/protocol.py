@@ -29,7 +29,8 @@ Engine to agent (`ev`):
                  prefill_s, decode_s, stalls, prefill_split, decode_split, wire, narrow}
                                                               stalls: [seconds] waited for owners;
                                                               splits: see coeld.datapath.split;
-                wire: {kl_budget, kl_estimate, rows_bytes, float32_bytes} of rows to and from peers
+                wire: {kl_budget, kl_estimate, rows_bytes, float32_bytes, pruned_pairs}
+                                                              of rows to and from peers
                 narrow: {experts, of, bits}   the most experts held in fewer bits meanwhile
     error       {id, type, message, param?, code?, missing_bytes?}   ends that request
     call_failed {node, why}

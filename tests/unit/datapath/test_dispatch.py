@@ -347,3 +347,20 @@ def test_what_a_request_may_lose_goes_with_its_rows_and_what_it_lost_is_counted(
 
 def test_layers_that_are_wholly_here_need_none_of_what_may_be_lost() -> None:
     assert dispatcher(Runner(set(range(EXPERTS))), Peers({}), routes({})).shared(range(10)) == 0
+
+
+def test_a_row_is_not_sent_for_an_expert_that_hardly_counts_unless_the_answer_is_exact() -> None:
+    owners = {NODES[0]: {0, 1, 2, 3}, NODES[1]: {4, 5, 6, 7}}
+    gates = np.zeros((len(X), EXPERTS), np.float32)
+    gates[:, 0], gates[0, 5], gates[1, 5] = 1.0, 1e-4, 0.9
+    for budget, pruned in ((0.0, 0), (0.02, 1)):
+        made = dispatcher(Runner(set()), Peers(owners), routes(owners))
+        asked = request()
+        asked.quality = Quality(budget)
+        asked.quality.begin(len(X), 10, 10 if budget else 0, 0)
+        total = made.run(0, X, gates, asked)
+        kept = gates.copy()
+        kept[0, 5] *= not pruned
+        exact = dispatcher(Runner(set(range(EXPERTS))), Peers({}), routes({}))
+        assert np.allclose(total, exact.run(0, X, kept, request()))
+        assert asked.quality.pruned_pairs == pruned
