@@ -114,9 +114,10 @@ class Decoder:
             reply = self._dispatcher.peers.span(leg.node, address, asked, x, errors)
             rows = reply.result()
         except PeerError as exc:
-            if not isinstance(exc, CacheLost):
+            refused, peers = isinstance(exc, PeerRefused), self._dispatcher.peers
+            if not isinstance(exc, CacheLost) and (refused or not peers.another_way(leg.node)):
                 self._lost_at[leg.node] = time.monotonic()
-            if not isinstance(exc, PeerRefused):  # who refuses is alive
+            if not refused:  # who refuses is alive
                 self._dispatcher.on_failure(leg.node, exc)
             raise LegLost(str(exc)) from exc
         split, traffic = errand.split, reply.traffic

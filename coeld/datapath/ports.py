@@ -164,6 +164,11 @@ class PeerLink(Protocol):
         `asked.keep` rows. Rows and answer may err by `errors`. One thread. Raises PeerError."""
         ...
 
+    def another_way(self, node: NodeId, /) -> bool:
+        """Is there a way to a peer, straight or through another device, that has not just
+        failed?"""
+        ...
+
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop the caches of a request. Raises nothing: a peer that cannot be
         reached has dropped them."""

@@ -47,6 +47,9 @@ class NoPeers:
     def send(self, *_calls: Any) -> None: ...
     def give_up(self, _call: Any) -> None: ...
 
+    def another_way(self, node: NodeId) -> bool:
+        return False
+
     def free(self, node: NodeId, number: int) -> None:
         """Nobody holds anything."""
 

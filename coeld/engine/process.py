@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from coeld.datapath.dispatch import not_covered
@@ -156,7 +156,8 @@ class Engine:
         try:
             manifest = self._store.manifest(name)
             introduction = Introduction(options.swarm, manifest.hash, options.node)
-            pool = PeerPool(introduction, options.call_deadline_ms / 1000, self._call_failed)
+            deadline_s = options.call_deadline_ms / 1000
+            pool = PeerPool(introduction, deadline_s, self._call_failed, self._addresses)
             model = OpenModel(
                 manifest,
                 self._store,
@@ -179,7 +180,13 @@ class Engine:
         self._model, self._pool = model, pool
         gc.collect()
         gc.freeze()  # else a look through all of this takes 35 ms, between two tokens
-        self._server.serve(introduction, manifest.shape.hidden, model.experts.run, model.welcome)
+        self._server.serve(
+            introduction,
+            manifest.shape.hidden,
+            model.experts.run,
+            model.welcome,
+            self._addresses,
+        )
         self._link.say(
             "opened",
             model=name,
@@ -291,6 +298,10 @@ class Engine:
             self.narrow = narrow_experts(model.manifest, table.narrow)
             model.board.pin(table)
             self._loader_jobs.put(self._refit)
+
+    def _addresses(self) -> Mapping[NodeId, tuple[str, int]]:
+        table = self._model.board.table if self._model is not None else None
+        return table.addresses if table is not None else {}
 
     def _cancel(self, ident: str) -> None:
         request = self._requests.pop(ident, None)

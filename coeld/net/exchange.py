@@ -75,6 +75,8 @@ class Exchange:
     node: NodeId
     address: tuple[str, int]
     sock: socket.socket
+    via: NodeId | None = None
+    """The device that passes this connection on; None: it is straight."""
     call: ExpertCall | None = None
     silent_s: float = 0.0
     """When it was last seen without a complete answer."""
@@ -86,22 +88,31 @@ class Exchange:
     _have: int = 0
 
     @staticmethod
-    def open(node: NodeId, address: tuple[str, int], hello: dict[str, Any]) -> "Exchange":
-        """Begin to connect and to introduce ourselves. Raises PeerGone."""
+    def open(
+        node: NodeId,
+        address: tuple[str, int],
+        hello: dict[str, Any],
+        through: tuple[NodeId, tuple[str, int]] | None = None,
+    ) -> "Exchange":
+        """Begin to connect, straight or through another device, and to introduce ourselves.
+        Raises PeerGone."""
+        via, (host, port) = through or (None, address)
+        if via is not None:
+            hello = {**hello, "to": node}
         with peer_errors():
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
             sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             for level, option, value in OPTIONS:
                 sock.setsockopt(level, option, value)
             try:
-                socket.inet_pton(family, address[0])  # a name would block on its resolution
-                sock.connect(address)
+                socket.inet_pton(family, host)  # a name would block on its resolution
+                sock.connect((host, port))
             except BlockingIOError:
                 pass
             except OSError:
                 sock.close()
                 raise
-        exchange = Exchange(node, address, sock)
+        exchange = Exchange(node, address, sock, via)
         exchange._out.extend(map(memoryview, frames.pack_text(Kind.HELLO, 0, hello)))
         return exchange
 

@@ -4,7 +4,8 @@ A call takes a free connection to its peer or opens one, and gives it back with 
 is given up, because another peer was quicker, stays owed: its connection is put aside and looked at
 now and then; a late answer is taken off, tells how slow the peer is, and is dropped, so it is never
 mistaken for another. A peer that owes too much is not called; one whose answer does not come before
-the deadline, or that has not even taken the rows, loses the connection.
+the deadline, or that has not even taken the rows, loses the connection; the next one may go through
+another device (`reach.py`).
 """
 
 import itertools
@@ -23,6 +24,7 @@ from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import PeerError, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.exchange import Exchange, ExpertCall, Rows, link_of
+from coeld.net.reach import Reach
 
 FREE_CONNECTIONS_MAX: Final = 8
 """Kept to a peer while nobody calls it."""
@@ -59,11 +61,13 @@ class ExpertCalls:
         hello: dict[str, Any],
         call_deadline_s: float,
         on_lost: Callable[[NodeId, PeerError], None],
+        reach: Reach,
     ) -> None:
         """`on_lost` is told of given-up calls that were never answered either."""
         self._hello = hello
         self._call_deadline_s = call_deadline_s
         self._on_lost = on_lost
+        self._reach = reach
         self._free: dict[NodeId, list[Exchange]] = {}
         self._owing: list[Exchange] = []
         self._lock = threading.Lock()
@@ -91,6 +95,10 @@ class ExpertCalls:
             raise PeerSlow(f"{OWED_MAX} answers are owed")
         call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
         exchange = self._taken(node, address, now_s) or self._opened(node, address)
+        if exchange.via is not None and (straight := self._reach.look(node, address)) is not None:
+            exchange.close()
+            self.hang_up(node)
+            exchange = straight
         deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
         first = not exchange.greeted
         call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
@@ -184,9 +192,11 @@ class ExpertCalls:
             exchange.close()
 
     def _opened(self, node: NodeId, address: tuple[str, int]) -> Exchange:
+        through = self._reach.through(node)
         try:
-            return Exchange.open(node, address, self._hello)
+            return Exchange.open(node, address, self._hello, through)
         except PeerError:
+            self._reach.failed(node, through[0] if through else None)
             with self._lock:
                 self.stats_of(node).failures += 1
             raise
@@ -242,6 +252,8 @@ class ExpertCalls:
         took_s = min(now_s, call.exchange.silent_s + LOOK_S) - call.started_s
         if call.traffic.sent_bytes >= LINK_BYTES and (link := link_of(call.exchange.sock)):
             self.links[call.node] = link
+        if call.first and call.exchange.via is None:
+            self._reach.works(call.node)
         with self._lock:
             stats = self.stats_of(call.node)
             if isinstance(call.outcome, PeerError):
@@ -269,6 +281,7 @@ class ExpertCalls:
         """Close a connection: its call has failed, and so may the others that are free."""
         exchange.close()
         self.hang_up(exchange.node)
+        self._reach.failed(exchange.node, exchange.via)
         call, exchange.call = exchange.call, None
         now_s = time.monotonic()
         with self._lock:

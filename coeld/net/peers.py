@@ -10,6 +10,9 @@ and gets RESULT or ERROR, in order; FREE is not answered. Experts are called wit
 single peer (`expert_calls.py`), over any free connection; a span's caller waits for the one peer on
 its way, over one connection kept for spans. The caches that spans left behind belong to it: they go
 when it closes, and keepalive closes it when the caller's machine is gone.
+
+A HELLO that names another device as the one it is meant for is handed on to it (`tunnels.py`),
+once: the caller cannot reach that one by itself (`reach.py`).
 """
 
 import contextlib
@@ -17,8 +20,8 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from coeld.compression.prediction import Past
@@ -30,16 +33,19 @@ from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.exchange import OPTIONS, Rows, link_of, peer_errors
 from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
+from coeld.net.reach import Reach
+from coeld.net.tunnels import carry, connect, hand_on
 
 CONNECTIONS_MAX: Final = 128
 """Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
-CONNECT_TIMEOUT_S: Final = 0.5
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
 RECEIVE_BYTES: Final = 1 << 14
 """At first: a row of a large model and its gate weights."""
 RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
 """(layer, experts, x, gates) -> y"""
+Addresses = Callable[[], Mapping[NodeId, tuple[str, int]]]
+"""Of all devices of the swarm with this model, as far as known now."""
 
 
 class SpanHost(Protocol):
@@ -122,6 +128,11 @@ class Connection:
             self._taken = size
             return header, memoryview(self._in)[HEADER.size : size]
 
+    @property
+    def unread(self) -> bytes:
+        """What has arrived behind the frame given out last."""
+        return bytes(self._in[self._taken : self._have])
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
@@ -155,6 +166,7 @@ class PeerServer:
         self._introduction: Introduction | None = None
         self._run: RunExperts | None = None
         self._welcome: Callable[[], SpanHost] | None = None
+        self._addresses: Addresses = dict
         self._hidden = 0
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
@@ -167,12 +179,13 @@ class PeerServer:
         hidden: int,
         run: RunExperts,
         welcome: Callable[[], SpanHost] | None = None,
+        addresses: Addresses = dict,
     ) -> None:
         """From now on answer calls with rows of `hidden` values through `run`, and through what
-        `welcome` makes for each connection that asks for spans. Present connections, which may be
-        about another model, are closed."""
+        `welcome` makes for each connection that asks for spans; hand on those that are meant for
+        one of `addresses`. Present connections, which may be about another model, are closed."""
         self._introduction, self._hidden = introduction, hidden
-        self._run, self._welcome = run, welcome
+        self._run, self._welcome, self._addresses = run, welcome, addresses
         with self._lock:
             for connection in self._connections:
                 connection.close()
@@ -208,7 +221,10 @@ class PeerServer:
         """One caller, until it leaves or breaks the protocol."""
         host: SpanHost | None = None
         try:
-            self._greet(connection)
+            if (onward := self._greet(connection)) is not None:
+                with onward:
+                    carry(connection.sock, onward)
+                return
             while True:
                 header, payload = connection.receive(None, FRAME_TIMEOUT_S)
                 if header.kind in (Kind.SPAN, Kind.FREE) and host is None and self._welcome:
@@ -235,7 +251,8 @@ class PeerServer:
                 self._connections.discard(connection)
             connection.close()
 
-    def _greet(self, connection: Connection) -> None:
+    def _greet(self, connection: Connection) -> socket.socket | None:
+        """Check who calls. The connection to the device that is meant, if it is not this one."""
         header, payload = connection.receive(FRAME_TIMEOUT_S, FRAME_TIMEOUT_S)
         if header.kind is not Kind.HELLO:
             raise FrameError("the first frame must be HELLO")
@@ -245,8 +262,25 @@ class PeerServer:
         for key, value in (("swarm", ours.swarm), ("model", ours.model)):
             if theirs.get(key) != value:
                 raise FrameError(f"this device has another {key}")
+        to = theirs.pop("to", ours.node)
+        if to != ours.node:
+            address = self._addresses().get(NodeId(str(to)))
+            if address is None:
+                raise FrameError("this device does not know the one that is meant")
+            return self._hand_on(connection, address, frames.pack_text(Kind.HELLO, 0, theirs))
         hello = frames.pack_text(Kind.HELLO, header.call_id, ours.to_json())
         connection.send(hello, FRAME_TIMEOUT_S)
+        return None
+
+    def _hand_on(
+        self, connection: Connection, address: tuple[str, int], hello: list[bytes | memoryview]
+    ) -> socket.socket:
+        """Introduce the caller to the device it means. Raises PeerError after telling it."""
+        try:
+            return hand_on(address, b"".join(hello) + connection.unread)
+        except PeerError as exc:
+            connection.send(frames.pack_refusal(0, exc), FRAME_TIMEOUT_S)
+            raise
 
     def _answer(
         self, connection: Connection, header: Header, payload: memoryview, host: SpanHost | None
@@ -321,6 +355,17 @@ class SpanReply:
         return rows.copy()  # the buffer is the connection's
 
 
+@dataclass(slots=True)
+class _Line:
+    """The connection to a peer that spans use."""
+
+    address: tuple[str, int]
+    connection: Connection
+    via: NodeId | None
+    numbers: set[int] = field(default_factory=set)
+    """Requests that may have caches there."""
+
+
 class PeerPool:
     """Connections to peers, opened when needed. Experts are called from any thread, spans from the
     decoder's only."""
@@ -330,13 +375,16 @@ class PeerPool:
         introduction: Introduction,
         call_deadline_s: float,
         on_lost: Callable[[NodeId, PeerError], None] = lambda _node, _error: None,
+        addresses: Addresses = dict,
     ) -> None:
         self._introduction = introduction
         self._call_deadline_s = call_deadline_s
-        self._spans: dict[NodeId, tuple[tuple[str, int], Connection]] = {}
+        self._spans: dict[NodeId, _Line] = {}
         self._ids = itertools.count(1)
-        calls = ExpertCalls(introduction.to_json(), call_deadline_s, on_lost)
+        self._reach = Reach(introduction.to_json(), addresses)
+        calls = ExpertCalls(introduction.to_json(), call_deadline_s, on_lost, self._reach)
         self._experts = calls
+        self.another_way = self._reach.another
         self.call, self.send, self.ready = calls.call, calls.send, calls.ready
         self.result, self.give_up = calls.result, calls.give_up
         self.paces, self.links, self.stats_of = calls.paces, calls.links, calls.stats_of
@@ -351,12 +399,9 @@ class PeerPool:
     ) -> SpanReply:
         """Send rows (n, H) of a request, which may err so much, through layers of a peer. Raises
         PeerError."""
-        known = self._spans.get(node)
-        if known is None or known[0] != address:
-            if known is not None:
-                known[1].close()
-            known = self._spans[node] = address, self._opened(node, address)
-        connection, call_id = known[1], next(self._ids) & 0xFFFFFFFF
+        line = self._line(node, address)
+        line.numbers.add(asked.number)
+        connection, call_id = line.connection, next(self._ids) & 0xFFFFFFFF
         link = link_of(connection.sock) if errors[0] > 0 else None
         coded = encode_for(link, x, errors[0])
         sent = Traffic.out(x, coded)
@@ -367,30 +412,48 @@ class PeerPool:
 
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop a request's caches; one that cannot be reached has none."""
-        known = self._spans.get(node)
-        if known is not None:
+        line = self._spans.get(node)
+        if line is not None:
+            line.numbers.discard(number)
             with contextlib.suppress(PeerError):
-                self._send(node, known[1], frames.pack_free(number), 0)
+                self._send(node, line.connection, frames.pack_free(number), 0)
 
     def stats(self) -> dict[NodeId, PeerStats]:
         return dict(self._experts.stats)
 
-    def forget(self, node: NodeId, connection: Connection | None) -> None:
+    def forget(self, node: NodeId, connection: Connection) -> None:
         """After a failure: close this connection and those that nobody uses; the next call opens
-        another."""
+        another, and may go another way."""
         self.stats_of(node).failures += 1
         self._experts.hang_up(node)
-        if connection is None:
-            return
-        if (known := self._spans.get(node)) is not None and known[1] is connection:
+        if (line := self._spans.get(node)) is not None and line.connection is connection:
+            self._reach.failed(node, line.via)
             del self._spans[node]
         connection.close()
 
     def close(self) -> None:
         self._experts.close()
-        for _address, connection in self._spans.values():
-            connection.close()
+        self._reach.close()
+        for line in self._spans.values():
+            line.connection.close()
         self._spans.clear()
+
+    def _line(self, node: NodeId, address: tuple[str, int]) -> _Line:
+        """The peer's connection for spans; one that goes through another device is exchanged for
+        a straight one when no request has caches behind it. Raises PeerError."""
+        line = self._spans.get(node)
+        if line is not None:
+            back = line.via is not None and not line.numbers and self._straight(node, address)
+            if line.address == address and not back:
+                return line
+            line.connection.close()
+            del self._spans[node]
+        return self._opened(node, address)
+
+    def _straight(self, node: NodeId, address: tuple[str, int]) -> bool:
+        if (attempt := self._reach.look(node, address)) is not None:
+            attempt.close()
+        return self._reach.straight(node)
 
     def _send(
         self,
@@ -408,20 +471,25 @@ class PeerPool:
             raise
         return left_s
 
-    def _opened(self, node: NodeId, address: tuple[str, int]) -> Connection:
-        connection: Connection | None = None
+    def _opened(self, node: NodeId, address: tuple[str, int]) -> _Line:
+        through = self._reach.through(node)
+        via, where = through or (None, address)
+        hello = self._introduction.to_json() | ({"to": node} if through else {})
         try:
-            with peer_errors():
-                sock = socket.create_connection(address, timeout=CONNECT_TIMEOUT_S)
-            connection = Connection(sock)
-            hello = frames.pack_text(Kind.HELLO, 0, self._introduction.to_json())
-            connection.send(hello, self._call_deadline_s)
+            connection = Connection(connect(where))
+        except PeerError:
+            self.stats_of(node).failures += 1
+            self._reach.failed(node, via)
+            raise
+        line = self._spans[node] = _Line(address, connection, via)
+        try:
+            connection.send(frames.pack_text(Kind.HELLO, 0, hello), self._call_deadline_s)
             header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
             if header.kind is Kind.ERROR:
                 raise PeerGone(str(frames.refusal(payload)))
             if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
-                raise PeerGone(f"another device answers at {address[0]}:{address[1]}")
+                raise PeerGone(f"another device answers at {where[0]}:{where[1]}")
         except PeerError:
             self.forget(node, connection)
             raise
-        return connection
+        return line
