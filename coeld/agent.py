@@ -25,11 +25,14 @@ from coeld.api.serve import serve
 from coeld.api.server import Api
 from coeld.config import Config, broker_at, split_address
 from coeld.effects import (
+    Admit,
     Connect,
     Disconnect,
     DropLots,
     Effect,
+    EndRequests,
     LoadLots,
+    OpenModel,
     Publish,
     Report,
     Send,
@@ -118,6 +121,7 @@ class Agent:
                         self._config.device.disk_free_mb * 1_000_000,
                     ),
                     self._node.holders,
+                    self._node.releases,
                     self._node.wanted_on_disk,
                     self._engine.load,
                     self._deliver,
@@ -134,7 +138,7 @@ class Agent:
             "engine": self._engine.run(),
             "api": serve(self._api.app, sockets),
             "blobs": serve(self._weights.server.app, [blobs]),
-            "weights": self._weights.run(self._open_model),
+            "weights": self._weights.run(lambda: self._engine.model),
             "node": self._drive_node(),
             "sensors": self._sample(),
         }
@@ -220,11 +224,19 @@ class Agent:
             case Disconnect(node):
                 self._bus.disconnect(node)
             case LoadLots(lots, narrow):
-                self._weights.load(self._open_model() or "", lots, narrow)
+                if model := self._engine.model:
+                    self._weights.load(model, lots, narrow)
             case DropLots(lots):
                 self._engine.drop(lots)
             case SwapRoutes(table):
                 self._engine.routes(table)
+            case Admit(refusal):
+                self._engine.admit(refusal)
+            case EndRequests(why):
+                self._engine.end_requests(why)
+            case OpenModel(_name, model):
+                self._weights.forget()
+                self._engine.open(model)
             case Report(text):
                 log.info("%s", text)
             case _:
@@ -259,9 +271,6 @@ class Agent:
         for effect in self._node.leave():
             await self._perform(effect)
         await asyncio.sleep(GOODBYE_S)
-
-    def _open_model(self) -> str | None:
-        return self._engine.model.name if self._engine.model else None
 
     # What the API asks (coeld.api.server.Answering)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from coeld.ids import Lot, NodeId
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Message
 from coeld.routes import RouteTable
 
@@ -63,10 +63,45 @@ class SwapRoutes:
 
 
 @dataclass(frozen=True, slots=True)
+class Admit:
+    """From now on begin no requests of this device and give `refusal` as the reason, answered by
+    Drained as soon as none is under way; with an empty one, begin them again."""
+
+    refusal: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndRequests:
+    """Requests of this device that are under way took too long: they fail, and `why` is told."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """Let the open model go, with all of its lots, then open this one; EngineStarted tells."""
+
+    name: str
+    model: ModelHash
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """One line for the log: something people want to know."""
 
     text: str
 
 
-Effect = Publish | Send | Connect | Disconnect | LoadLots | DropLots | SwapRoutes | Report
+Effect = (
+    Publish
+    | Send
+    | Connect
+    | Disconnect
+    | LoadLots
+    | DropLots
+    | SwapRoutes
+    | Admit
+    | EndRequests
+    | OpenModel
+    | Report
+)

@@ -19,6 +19,7 @@
     │   ├── NoModel         nothing is installed, or it cannot be opened
     │   │   └── Starting    the engine or its model is being loaded; it ends by itself
     │   ├── Overloaded      too many requests at once
+    │   ├── Updating        a new version of the model is being rolled out
     │   └── EngineGone      the engine process died; the agent restarts it
     └── PeerError           between devices; never shown to users as such
         ├── PeerGone        connection refused or lost
@@ -126,6 +127,10 @@ class Starting(NoModel):
 
 class Overloaded(Unavailable):
     """Too many requests at once."""
+
+
+class Updating(Unavailable):
+    """This device begins no requests until it has the new version of its model."""
 
 
 class EngineGone(Unavailable):

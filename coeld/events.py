@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from coeld.ids import Lot, NodeId
 from coeld.messages import Message
+from coeld.releases import Progress
 from coeld.view import ModelDemand, Resources
 
 
@@ -96,6 +97,19 @@ class Used:
     """By layer, where the engine sees it: how many rows used each expert."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReleaseFound:
+    """A newer version of the open model is coming to this device's disk, or cannot."""
+
+    demand: ModelDemand
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """No request of this device is under way, and none begins (see Admit)."""
+
+
 Event = (
     Tick
     | MessageReceived
@@ -109,4 +123,6 @@ Event = (
     | LoadFailed
     | LotsDropped
     | Used
+    | ReleaseFound
+    | Drained
 )

@@ -23,6 +23,7 @@ from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
 from coeld.lot_sets import integer as _int
+from coeld.releases import NO_VERSIONS, Versions, versions_from_json
 from coeld.routes import LAYERS_MAX
 
 VERSION = 3
@@ -45,6 +46,7 @@ BID_MAX = 2**62
 
 _NODE_ID = re.compile(r"[0-9a-f]{16}\Z")
 _MODEL = re.compile(r"[0-9a-f]{64}\Z")
+_MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _FINGERPRINT = re.compile(r"(?:[0-9a-f]{16})?\Z")
 _SUMS = re.compile(r"(?:[0-9a-f]{8}){1,256}\Z")
 _HOST = re.compile(r"[A-Za-z0-9._:%\-]*\Z")
@@ -108,6 +110,8 @@ class Record:
     narrow: tuple[tuple[int, int], ...] = ()
     """(first, stop) of layers that it holds, or will hold as claimed, in fewer bits than stored;
     ascending."""
+    versions: Versions = NO_VERSIONS
+    """Which version of the model it has open, and how far it is from the next."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -296,6 +300,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["asked"] = asked_to_json(record.asked)
     if record.stays_wide:
         value["wide"] = 1
+    if record.versions != NO_VERSIONS:
+        value["versions"] = record.versions.to_json()
     if record.blob_port:
         value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
@@ -343,6 +349,7 @@ def _record(value: Any) -> Record:
         row_mb_per_s=_int(value.get("rows", 0), "rows", COUNTER_MAX),
         sparing=bool(_int(value.get("sparing", 0), "sparing", 1)),
         asked=asked_from_json(value["asked"]) if "asked" in value else NOTHING,
+        versions=_versions(value["versions"]) if "versions" in value else NO_VERSIONS,
         model=model,
         data_host=data[0],
         data_port=data[1],
@@ -373,6 +380,14 @@ def _spans(rows: list[Any]) -> tuple[tuple[int, int], ...]:
             raise FrameError("spans of a record are not ascending: message ignored")
         found.append((first, _int(row[1], "stop", LAYERS_MAX, least=first + 1)))
     return tuple(found)
+
+
+def _versions(row: Any) -> Versions:
+    return versions_from_json(
+        row,
+        lambda name: _match(name, _MODEL_NAME, "model name"),
+        lambda model: _match(model, _MODEL, "model"),
+    )
 
 
 # ---- leaves --------------------------------------------------------------------------------

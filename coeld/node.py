@@ -12,18 +12,19 @@ from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
-from coeld.deployment.placement import Quiet, elsewhere, owners, serving, unclaimed, won
-from coeld.deployment.pricing import bids
+from coeld.deployment.placement import serving, unclaimed
+from coeld.deployment.pricing import bids, capacity
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
 from coeld.deployment.room import Room
 from coeld.deployment.supply import facts_of, trunk_complaint
 from coeld.deployment.ways import Ways, whole_layers
 from coeld.deployment.widths import Widths, rest_s
-from coeld.effects import DropLots, Effect, LoadLots, Report, SwapRoutes
+from coeld.effects import DropLots, Effect, LoadLots, OpenModel, Report, SwapRoutes
 from coeld.events import (
     BrokersReached,
     CallFailed,
+    Drained,
     EngineStarted,
     EngineStopped,
     Event,
@@ -32,21 +33,25 @@ from coeld.events import (
     LotsLoaded,
     MessageReceived,
     NeighbourLost,
+    ReleaseFound,
     ResourcesSampled,
     Tick,
     Used,
 )
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.messages import Claim, Record
+from coeld.messages import Claim
 from coeld.node_config import NodeConfig
-from coeld.node_status import describe
+from coeld.node_market import Market
+from coeld.node_status import counters, describe
 from coeld.perception.asking import Asking
-from coeld.perception.gossip import holders
+from coeld.perception.gossip import holders, releases
 from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
+from coeld.releases import Release
 from coeld.routes import RouteTable
 from coeld.update.disk import Wanted, wanted
 from coeld.update.migration import READ, LotState, Migration, Move, Plan, Wish
+from coeld.update.rollout import Rollout
 from coeld.update.spanning import Spanning, ranges
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
@@ -62,19 +67,18 @@ class Node:
         self.node_id = node_id
         self.config = config
         self.perception = Perception(node_id, incarnation, config, rng)
+        self.market = Market(self.perception, config)
         self.told = Told()
         self.asking = Asking()
         self.migration = Migration(config.load_batch_bytes)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
         self.widths = Widths()
+        self.rollout = Rollout(config.drain_ms / 1000, config.settle_ms / 1000)
         self.ways = Ways(node_id)
         self.demand: ModelDemand | None = None
         self.stale_reports = 0
         """Reports of the engine about lots that were in no such state: of an engine before."""
-        self._quiet = Quiet()
-        self._leading: dict[Task, Offer] | None = None
-        """The best claims; None: not counted since they changed."""
         self._lots: list[Lot] = []
         self._facts: Facts | None = None
         self._facts_at = float("-inf")
@@ -94,7 +98,7 @@ class Node:
         self._bid_at = 0.0
         self._joined_at = float("-inf")
         self._barred: set[Lot] = set()
-        self._seen_market = self._seen_supply = self._seen_marks = self._bid_supply = -1
+        self._seen_supply = self._seen_marks = self._bid_supply = -1
         self._planned_at = float("-inf")
         self._left = False
         self._due = self._now = float("-inf")
@@ -127,6 +131,7 @@ class Node:
         self.perception.tick(now)
         self._bid(now)
         self._plan(now)
+        self._roll(now)
         self._out += self.perception.flush(now)
         out, self._out = self._out, []
         self._due = self._next_due()
@@ -142,34 +147,35 @@ class Node:
         """For one about to leave: does nobody else serve some lot yet, though others have room?"""
         if self.demand is None or not self._room().others_suffice:
             return False
-        return not self._elsewhere().issuperset(self.migration.serving)
+        return not self.market.elsewhere().issuperset(self.migration.serving)
 
     def holders(self) -> list[tuple[ModelHash, str, int]]:
         """Which model the other devices have, and where each serves its blobs."""
         return holders(r for r in self.perception.present() if r.origin != self.node_id)
 
+    def releases(self, name: str) -> list[tuple[Release, str, int]]:
+        """Which versions of a model the other devices have, and where each serves its blobs."""
+        return releases((r for r in self.perception.present() if r.origin != self.node_id), name)
+
     def wanted_on_disk(self) -> Wanted:
         """Which lots this device's disk is needed for, and on how many other disks they are."""
         ours = [*self.migration.serving, *self.migration.loading]
-        return wanted(ours, self._market(), self.perception.suspects(), self.config.blob_host)
+        return wanted(
+            ours, self.market.records(), self.perception.suspects(), self.config.blob_host
+        )
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
-        counters = {
-            **self.perception.counters,
-            "twin": self.perception.oneself.twins,
-            "flooded": self.perception.admission.refused,
-            "table_full": self.perception.membership.ignored_full,
-            "stale_engine_reports": self.stale_reports,
-        }
-        switch = self.switchover
-        return describe(self.perception, self.demand, switch.table, switch.fingerprint, counters)
+        switch, counted = self.switchover, counters(self.perception, self.stale_reports)
+        return describe(self.perception, self.demand, switch.table, switch.fingerprint, counted)
 
     def _next_due(self) -> float:
         bid_at = self._bid_at if self._bid_wanted else float("inf")
         timers = [at for at in self._timers() if at > self._planned_at]
         retry_at = self.migration.retry_at(self._planned_at)
-        return min(self.perception.due, bid_at, retry_at, self.asking.due, *timers)
+        return min(
+            self.perception.due, bid_at, retry_at, self.asking.due, self.rollout.due, *timers
+        )
 
     def _versions(self) -> tuple[int, int, int]:
         return self.perception.market, self.perception.supply, self.perception.marks
@@ -203,15 +209,17 @@ class Node:
                 self._engine_started(event, now)
             case EngineStopped():
                 self._engine_lost()
-                gone: dict[str, Any] = dict.fromkeys(("claims", "serving", "spans", "narrow"), ())
-                self.perception.tell(model=None, data_host="", data_port=0, **gone)
-                self._bid_wanted = True
+                self._tell_gone()
             case LotsLoaded(lots):
                 self._moved(Move.LOADED, lots, READ)
             case LotsDropped(lots):
                 self._moved(Move.DROPPED, lots, (LotState.DRAINING,))
             case LoadFailed(lots, why):
                 self._load_failed(lots, why, now)
+            case ReleaseFound(demand, progress):
+                self.rollout.found(demand, progress)
+            case Drained():
+                self.rollout.drained()
             case Used():
                 self.asking.count(event, now)
 
@@ -219,18 +227,18 @@ class Node:
         """Deployment: claim the best lots that nobody else bids more for."""
         if (barred := self.migration.barred(now)) != self._barred:
             self._barred, self._bid_wanted = barred, True
-        if self._market_moved(now) or self.perception.supply != self._bid_supply:
+        if self.market.moved(now) or self.perception.supply != self._bid_supply:
             self._bid_wanted = True
         if not self._bid_wanted or now < self._bid_at:
             return
         me = self.perception.me
         if self.demand is not None and me.model == self.demand.model:
             if not self._deliberate(self.demand, now):
-                self._quiet.disturb(now, self.config.settle_ms / 1000)
+                self.market.disturb(now)
                 return
-            rivals = leaders(r for r in self._market() if r.origin != self.node_id)
+            rivals = leaders(self.market.others())
             self.perception.tell(claims=self._bundle(rivals))
-            self._market_moved(now)
+            self.market.moved(now)
         self._bid_wanted = False
         self._bid_supply = self.perception.supply
         self._bid_at = now + self.config.round_ms / 1000
@@ -241,7 +249,7 @@ class Node:
         While lots are where they were or where they are wanted, the wish stays: it is being carried
         out, and what is left of its gain may be less than a new wish would have to have.
         """
-        records = self._market()
+        records = self.market.records()
         facts = facts_of(demand, records, self.config.spans)
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
@@ -254,7 +262,7 @@ class Node:
             self._touch()  # what is worth to be a span may have changed
         if not self._thinking.advance():
             return False
-        served, held = serving(records, owners(self._leaders())), self._held(demand)
+        served, held = serving(records, self.market.winners()), self._held(demand)
         if self._considered != (served, held):
             fresh = self._considered is None
             self._considered = (served, held)
@@ -317,9 +325,8 @@ class Node:
         urgent, settled = (joined and now >= at for at in self._rests()[:2])
         plan = Plan()
         if perception.me.model is not None:
-            plan = self.migration.plan(
-                self._wish(self.demand, urgent, settled, now), *self.demand.sizes
-            )
+            wish = self._wish(self.demand, urgent, settled, now)
+            plan = self.migration.plan(wish, *self.demand.sizes)
             self._bid_wanted |= bool(plan.load or plan.drop)
             self._serve(self.demand, now, settled and not self.migration.busy)
         self._switch(self.demand, settled and perception.complete)
@@ -333,11 +340,11 @@ class Node:
 
     def _wish(self, demand: ModelDemand, urgent: bool, settled: bool, now: float) -> Wish:
         room, held = self._room(), self.migration.narrow_layers
-        mine = won(self.perception.me, self._leaders())
+        mine = self.market.won()
         narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
         fill_bytes = room.fill_bytes(self._most, self._whole)
-        there = self._elsewhere()
-        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, settled, narrow)
+        there, moving = self.market.elsewhere(), settled and self.rollout.serving
+        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, moving, narrow)
 
     def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
         """Tell what is served, and which layers of it as spans: no new ones before all `rests`,
@@ -348,10 +355,10 @@ class Node:
         wanted: Collection[int] = spanning.announced
         borders: Collection[int] = spanning.borders
         if rests and self._thinking is not None:
-            facts, winners = self._thinking.facts, owners(self._leaders())
-            held_bytes = self.migration.bytes(*demand.sizes)
-            now_spans = spanning.announced
-            wanted = self.ways.wanted(facts, self._market(), winners, now_spans, held_bytes)
+            facts, winners = self._thinking.facts, self.market.winners()
+            held_bytes, now_spans = self.migration.bytes(*demand.sizes), spanning.announced
+            records = self.market.records()
+            wanted = self.ways.wanted(facts, records, winners, now_spans, held_bytes)
             borders = self.ways.borders(winners)
         supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
         perception.tell(spans=spanning.want(wanted, whole, now, borders))
@@ -360,11 +367,11 @@ class Node:
 
     def _close(self, demand: ModelDemand) -> None:
         """Once all know what is announced here, single calls for it need no answer any more."""
-        if self.switchover.agreed(self._market()) and self.spanning.agreed():
+        if self.switchover.agreed(self.market.records()) and self.spanning.agreed():
             self._switch(demand, False)
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
-        count = len(unclaimed(self._lots, self._leaders()))
+        count = len(unclaimed(self._lots, self.market.leaders()))
         missing = self._room().missing_bytes(count)
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
         records, suspects = list(self.perception.present()), self.perception.suspects()
@@ -373,7 +380,7 @@ class Node:
                 demand,
                 records,
                 suspects,
-                owners(self._leaders()),
+                self.market.winners(),
                 self._missing_bytes,
                 self.spanning.closed_spans,
                 partial(self.ways.legs, demand, records, suspects),
@@ -387,6 +394,27 @@ class Node:
             self.perception.tell(urgent=False, epoch=table.epoch, fingerprint=fingerprint)
         self._seen_marks = self.perception.marks
 
+    def _roll(self, now: float) -> None:
+        """Update: go over to a newer version of the model when it is this device's turn."""
+        perception, rollout = self.perception, self.rollout
+        idle = self.migration.rests
+        rests = idle and now >= self._rests()[1]
+        if not rollout.unchanged((self._versions(), idle, rests), now):
+            records, suspects = perception.present(), perception.suspects()
+            effects = rollout.step(records, suspects, capacity, self.node_id, idle, rests, now)
+            if any(isinstance(effect, OpenModel) for effect in effects):
+                self._engine_lost()
+            self._out += effects
+            if rollout.leaving:
+                self._tell_gone()
+        perception.tell(versions=rollout.versions)
+
+    def _tell_gone(self) -> None:
+        """Nobody can call this device's engine any more."""
+        self._bid_wanted |= self.perception.me.model is not None
+        gone: dict[str, Any] = dict.fromkeys(("claims", "serving", "spans", "narrow"), ())
+        self.perception.tell(model=None, data_host="", data_port=0, **gone)
+
     # ---- events in detail ------------------------------------------------------------------
 
     def _engine_lost(self) -> None:
@@ -396,8 +424,9 @@ class Node:
 
     def _engine_started(self, event: EngineStarted, now: float) -> None:
         self._engine_lost()
+        self._out += self.rollout.opened(event.demand)
         self.switchover.forget()
-        self.demand = event.demand
+        self.demand = self.market.demand = event.demand
         self._lots = event.demand.lots() if event.demand else []
         self._facts = self._thinking = None
         self._joined_at = now + self.config.join_ms / 1000
@@ -421,18 +450,9 @@ class Node:
         self._touch()
 
     def _tell_resources(self) -> None:
-        resources = self.told.resources
-        assert resources is not None
         self._bid_wanted = True
         self._touch()
-        self.perception.tell(
-            urgent=False,
-            memory_budget_bytes=resources.memory_budget_bytes,
-            cpu_load_percent=resources.cpu_load_percent,
-            kernel_mb_per_s=resources.kernel_mb_per_s,
-            row_mb_per_s=resources.row_mb_per_s,
-            sparing=resources.sparing,
-        )
+        self.perception.tell(urgent=False, **self.told.facts())
 
     def _tell_asked(self, now: float) -> None:
         asked = self.asking.news(not self._whole, now)
@@ -464,34 +484,10 @@ class Node:
 
     def _rests(self) -> tuple[float, float, float]:
         """When the auction counts as quiet, as settled, and when joining is over."""
-        quiet_s, settle_s = self.config.quiet_ms / 1000, self.config.settle_ms / 1000
-        return *self._quiet.rests(quiet_s, settle_s), self._joined_at
+        return *self.market.rests(), self._joined_at
 
     def _timers(self) -> tuple[float, ...]:
         return (*self._rests(), self.spanning.due, self.widths.due)
 
-    def _market_moved(self, now: float) -> bool:
-        """Has any claim changed since the last look?"""
-        if self.perception.market == self._seen_market:
-            return False
-        self._seen_market = self.perception.market
-        self._leading = None
-        self._quiet.disturb(now, self.config.settle_ms / 1000)
-        return True
-
-    def _leaders(self) -> dict[Task, Offer]:
-        if self._leading is None:
-            self._leading = leaders(self._market())
-        return self._leading
-
-    def _market(self) -> list[Record]:
-        model = self.demand.model if self.demand else None
-        return [r for r in self.perception.present() if model is not None and r.model == model]
-
     def _room(self) -> Room:
-        assert self.demand is not None
-        narrow = self._facts is not None and self._facts.narrow
-        return Room(self.demand, self.perception.me, self._market(), narrow)
-
-    def _elsewhere(self) -> set[Lot]:
-        return elsewhere(self._market(), self.node_id, self.perception.suspects())
+        return self.market.room(self._facts is not None and self._facts.narrow)

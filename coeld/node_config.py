@@ -57,6 +57,10 @@ class NodeConfig:
     """1 or more: one lot at least is loaded. Larger batches compile fewer plans; smaller ones serve
     the first lots sooner."""
 
+    drain_ms: int = 60_000
+    """settle_ms or more. How long requests may go on with the version of a model that is being
+    replaced; then they fail. Longer ends more answers, and lets new requests wait longer where
+    memory is for one version only."""
     spans: bool = True
     """Serve runs of whole layers in one call where that is cheaper, and send own requests through
     such runs. The same on all devices, or they place the model differently."""
@@ -73,3 +77,4 @@ class NodeConfig:
         assert 1 <= self.replicas_max <= 8
         assert 1 <= self.round_ms <= self.quiet_ms <= self.settle_ms
         assert self.neighbours_max >= 2
+        assert self.settle_ms <= self.drain_ms

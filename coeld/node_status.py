@@ -6,6 +6,7 @@ from coeld.ids import NodeId
 from coeld.lot_sets import lot_runs
 from coeld.messages import Record, Status
 from coeld.perception.perceive import Perception
+from coeld.releases import Versions
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand
 
@@ -28,6 +29,17 @@ def describe(
         "routes": _routes(demand, table, fingerprint),
         "owners": {record.origin: lot_runs(record.serving) for record in serving},
         "counters": counters,
+    }
+
+
+def counters(perception: Perception, stale_reports: int) -> dict[str, int]:
+    """What was ignored, and how often."""
+    return {
+        **perception.counters,
+        "twin": perception.oneself.twins,
+        "flooded": perception.admission.refused,
+        "table_full": perception.membership.ignored_full,
+        "stale_engine_reports": stale_reports,
     }
 
 
@@ -63,6 +75,19 @@ def _member(
         "narrow": _narrow(known) if here else 0,
         "claimed": len(known.claims) if here else 0,
         "engine": here and known.data_port > 0,
+        "versions": _versions(known.versions) if here else None,
+    }
+
+
+def _versions(versions: Versions) -> dict[str, Any]:
+    """Of a device on its way from one version of the model to the next, in words."""
+    following = versions.next
+    return {
+        "model": versions.name,
+        "open": versions.version,
+        "requests": versions.phase.name.lower(),
+        "next": following.version if following else None,
+        "progress": versions.progress.name.lower() if following else None,
     }
 
 
@@ -82,6 +107,7 @@ def _model(demand: ModelDemand | None) -> dict[str, Any] | None:
         return None
     return {
         "name": demand.name,
+        "version": demand.version,
         "hash": demand.model,
         "layers": demand.layers,
         "experts": demand.experts,

@@ -50,6 +50,8 @@ class ModelDemand:
     """The part of the trunk that is read once per answer token, after the last layer."""
     kv_bytes_per_token: int = 0
     """KV cache that one token of context takes and every later token reads, in all layers."""
+    version: int = 1
+    """One above what it replaced when it was imported; see coeld.releases."""
     popularity: tuple[tuple[int, ...], ...] = ()
     """Per layer and expert: the probability that a token uses it, in millionths. Empty: all the
     same."""

@@ -13,7 +13,8 @@ from typing import Any, Final
 from coeld.events import Event
 from coeld.ids import ModelHash, NodeId
 from coeld.messages import Message, decode, encode
-from coeld.sim.world import Device, Spec, World
+from coeld.sim.device import Device, Spec
+from coeld.sim.world import World
 from coeld.view import ModelDemand
 
 PPM: Final = 1_000_000

@@ -123,7 +123,7 @@ def engines(lab: Lab, store: Store, manifest: Manifest, mode: str) -> Iterator[E
             legs = legs_of(manifest, len(names))
             table = replace(table, legs=legs, spans=legs)
         for node, engine in made.items():
-            engine.say("open", model=manifest.name)
+            engine.say("open", model=manifest.name, hash=manifest.hash)
             engine.hear("opened")
             engine.say("load", lots=shares[node])
             engine.hear("loaded")

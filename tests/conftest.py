@@ -1,5 +1,7 @@
 """Shared fixtures: a tiny imported model for every test, the real one where it is installed."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +39,21 @@ def tiny_store(tmp_path_factory, tiny_gguf) -> Store:
 @pytest.fixture(scope="session")
 def tiny(tiny_store) -> Manifest:
     return tiny_store.manifest("tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_next_gguf(tmp_path_factory) -> Path:
+    """The same model after more training, so to speak: other weights."""
+    return write_tiny_llama(tmp_path_factory.mktemp("next") / "tiny.gguf", layers=3, seed=1)
+
+
+@pytest.fixture
+def two_versions(tmp_path, tiny_store, tiny_next_gguf) -> Store:
+    """A store of its own with "tiny" in its first and in a second version."""
+    shutil.copytree(tiny_store.root, tmp_path / "two", copy_function=os.link)
+    store = Store(tmp_path / "two")
+    import_file(store, tiny_next_gguf, "tiny", update=True)
+    return store
 
 
 @pytest.fixture(scope="session")

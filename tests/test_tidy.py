@@ -26,8 +26,9 @@ VOCABULARY = (
     "messages",
     "lot_sets",
     "asked",
+    "releases",
 )
-CORE = (*VOCABULARY, "node", "node_config", "node_status")
+CORE = (*VOCABULARY, "node", "node_config", "node_market", "node_status")
 PURE = (*CORE, *STAGES, "sim")
 IMPURE_MODULES = {
     "asyncio", "concurrent", "ctypes", "datetime", "glob", "http", "io", "logging",

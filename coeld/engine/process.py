@@ -29,7 +29,7 @@ from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threa
 from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
-from coeld.ids import Lot, NodeId
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.narrow import NARROW_BITS, narrow_experts
 from coeld.model.store import Store
 from coeld.net.peers import Introduction, PeerPool, PeerServer
@@ -99,8 +99,8 @@ class Engine:
 
     def _obey(self, message: dict[str, Any]) -> None:
         match message:
-            case {"op": "open", "model": str(name)}:
-                self._decoder_jobs.put(lambda: self._open(name))
+            case {"op": "open", "model": str(name), "hash": str(model)}:
+                self._decoder_jobs.put(lambda: self._open(name, ModelHash(model)))
             case {"op": "routes", "table": dict(table)}:
                 self._route(RouteTable.from_json(table))
             case {"op": "load", "lots": list(lots), "narrow": bool(narrow)}:
@@ -151,10 +151,17 @@ class Engine:
     def _tell_use(self, model: OpenModel) -> None:
         self._link.say("use", **self.usage.take(), experts=model.decoder.uses.take())
 
-    def _open(self, name: str) -> None:
+    def _open(self, name: str, wanted: ModelHash) -> None:
+        """Open the version of that hash, or the newest if there is none."""
         options = self._options
         try:
-            manifest = self._store.manifest(name)
+            manifest = self._store.version(name, wanted) if wanted else self._store.manifest(name)
+            if self._model is not None and self._model.manifest.hash == manifest.hash:
+                self._say_opened(self._model)  # asked twice, since it took long
+                return
+            if self._model is not None:
+                self._store.verify(manifest.trunk_blobs())  # else there would be none
+                self._let_go()
             introduction = Introduction(options.swarm, manifest.hash, options.node)
             deadline_s = options.call_deadline_ms / 1000
             pool = PeerPool(introduction, deadline_s, self._call_failed, self._addresses)
@@ -172,11 +179,6 @@ class Engine:
         except CoeldError as exc:
             self._link.say("failed", model=name, **error_to_json(exc))
             return
-        if self._model is not None:
-            self._model.scheduler.fail_all(NoModel("Another model is being opened: ask again."))
-            self._tell_use(self._model)
-        if self._pool is not None:
-            self._pool.close()
         self._model, self._pool = model, pool
         gc.collect()
         gc.freeze()  # else a look through all of this takes 35 ms, between two tokens
@@ -187,13 +189,32 @@ class Engine:
             model.welcome,
             self._addresses,
         )
+        self._say_opened(model)
+
+    def _say_opened(self, model: OpenModel) -> None:
         self._link.say(
             "opened",
-            model=name,
+            model=model.manifest.name,
             context_tokens=model.context_tokens,
-            trunk_bytes=manifest.trunk_bytes,
-            hash=manifest.hash,
+            trunk_bytes=model.manifest.trunk_bytes,
+            hash=model.manifest.hash,
         )
+
+    def _let_go(self) -> None:
+        """Nothing of the open model stays in memory: the next one may need all of it."""
+        assert self._model is not None
+        assert self._pool is not None
+        self._model.scheduler.fail_all(NoModel("Another model is being opened: ask again."))
+        self._tell_use(self._model)
+        self._pool.close()
+        self._model = self._pool = None
+        self._server.rest()
+        rested = threading.Event()
+        self._loader_jobs.put(rested.set)  # after what it may still do with the model
+        rested.wait()
+        gc.unfreeze()
+        gc.collect()
+        give_memory_back()
 
     def _generate(self, ident: str, order: dict[str, Any]) -> None:
         listener = _Answer(self, ident)
@@ -248,9 +269,8 @@ class Engine:
 
     def _load(self) -> None:
         while True:
-            settling = self._model is not None and self._model.fitter.adopted is not None
             try:
-                job = self._loader_jobs.get(timeout=SETTLE_S if settling else None)
+                job = self._loader_jobs.get(timeout=SETTLE_S if self._settling() else None)
             except queue.Empty:
                 self._refit()
                 continue
@@ -260,30 +280,36 @@ class Engine:
             job()
             self._loading = False
 
+    def _settling(self) -> bool:
+        model = self._model  # it may be let go at any time
+        return model is not None and model.fitter.adopted is not None
+
     def _load_lots(self, lots: list[Lot], narrow: bool) -> None:
         named = [list(lot) for lot in lots]
-        if self._model is None:
+        model = self._model
+        if model is None:
             self._link.say("load_failed", lots=named, why="no model is open")
             return
         try:
-            self._model.experts.load(lots, narrow)
+            model.experts.load(lots, narrow)
         except (CoeldError, OSError, MemoryError) as exc:
             self._link.say("load_failed", lots=named, why=str(exc) or type(exc).__name__)
             return
-        self._model.board.nudge()
+        model.board.nudge()
         self._link.say("loaded", lots=named)
         self._refit()
 
     def _drop_lots(self, lots: list[Lot]) -> None:
-        if self._model is not None:
-            self._model.experts.drop(lots)
+        model = self._model
+        if model is not None:
+            model.experts.drop(lots)
         self._link.say("dropped", lots=[list(lot) for lot in lots])
         self._refit()
 
     def _refit(self) -> None:
         """Have the next graphs adopted that are out of line, once the last ones are settled."""
         model = self._model
-        while model is not None and model.fitter.settle():
+        while model is not None and model is self._model and model.fitter.settle():
             change = model.fitter.prepare()
             if change is None:
                 return
@@ -307,8 +333,8 @@ class Engine:
         request = self._requests.pop(ident, None)
         if request is not None:
             request.cancelled.set()
-            if self._model is not None:
-                self._model.board.nudge()
+            if (model := self._model) is not None:
+                model.board.nudge()
 
     def ended(self, ident: str, event: str, **fields: Any) -> None:
         """A request is over: forget it and tell the agent."""

@@ -5,7 +5,8 @@ of a socket pair as an inherited file descriptor; when that closes, the engine e
 outlives the other and there is no path to clean up.
 
 Agent to engine (`op`):
-    open        {model: name}                 open a model of the store: its trunk, its tokenizer
+    open        {model: name, hash}           open a version of a model of the store: its trunk, its
+                tokenizer. The one that is open is let go first, with all requests and lots
     routes      {table: RouteTable.to_json()}
     load        {lots: [[layer, expert], …], narrow: bool}    narrow: to be held in fewer bits than
                                                               stored; what is here changes over

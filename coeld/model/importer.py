@@ -10,7 +10,7 @@ on where it was; everything is deterministic, so it ends with the same model has
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from math import prod
 from pathlib import Path
@@ -104,26 +104,33 @@ def import_checkpoint(
     *,
     origin: Origin | None = None,
     precision: Precision | None = None,
+    update: bool = False,
 ) -> Manifest:
-    """Install a checkpoint under `name`. Without `origin`, the source speaks for itself.
+    """Install a checkpoint under `name`. Without `origin`, the source speaks for itself. With
+    `update`, as the next version of the model of that name, if there is one.
 
     Raises ModelError (name taken or impossible, store busy), BadModelFile, UnsupportedModel,
     DiskFull. Whatever stops it, no manifest is left, and the next call goes on.
     """
-    require_new(store, name)
+    require_new(store, name, update)
     with store.lock():
-        require_new(store, name)
+        before = require_new(store, name, update)
         origin = origin or Origin(checkpoint.source, checkpoint.licence)
-        return _Import(store, checkpoint, name, origin, precision or Precision(), progress).run()
+        precision = precision or Precision()
+        return _Import(store, checkpoint, name, origin, precision, progress, before).run()
 
 
-def require_new(store: Store, name: str) -> None:
-    """Raises ModelError when a model of that name is installed."""
-    if check_name(name) in store.names():
-        raise ModelError(
-            f"a model {name!r} is installed already. Choose another --name, or remove it first: "
-            f"coeld model rm {name}"
-        )
+def require_new(store: Store, name: str, update: bool = False) -> Manifest | None:
+    """The model of that name, which an `update` is to replace. Raises ModelError when there is one
+    and it is no update."""
+    if check_name(name) not in store.names():
+        return None
+    if update:
+        return store.manifest(name)
+    raise ModelError(
+        f"a model {name!r} is installed already. Choose another --name; or make this its next "
+        f"version, with --update; or remove it first: coeld model rm {name}"
+    )
 
 
 class _Import:
@@ -137,8 +144,10 @@ class _Import:
         origin: Origin,
         precision: Precision,
         progress: Progress,
+        before: Manifest | None,
     ) -> None:
         self._store, self._checkpoint, self._name = store, checkpoint, name
+        self._before = before
         self._origin, self._progress = origin, progress
         self._blueprint: Blueprint = blueprint(checkpoint)
         self._shape = self._blueprint.shape
@@ -164,6 +173,12 @@ class _Import:
         with path.open("ab", buffering=0) as log:
             refs = {part: self._finish(part, journal, log) for part in self._parts()}
         manifest = self._manifest(refs)
+        if self._before and replace(manifest, version=self._before.version) == self._before:
+            path.unlink()
+            raise ModelError(
+                f"this is what version {self._before.version} of {self._name} consists of: there "
+                "is nothing to update."
+            )
         parse_manifest(manifest.to_json())  # what could not be opened must not be installed
         self._store.save(manifest)
         path.unlink()
@@ -332,6 +347,7 @@ class _Import:
             eos_tokens=vocabulary.eos_tokens if vocabulary else (),
             add_bos=vocabulary.add_bos if vocabulary else False,
             statistics=self._statistics,
+            version=self._before.version + 1 if self._before else 1,
         )
 
 

@@ -23,6 +23,7 @@ from typing import Any, Final, Literal
 from coeld.errors import BadModelFile
 from coeld.ids import ModelHash
 from coeld.model.statistics import Statistics, parse_statistics
+from coeld.releases import VERSION_MAX, Release
 from coeld.view import ModelDemand
 
 FORMAT: Final = 2
@@ -195,17 +196,31 @@ class Manifest:
     add_bos: bool
     statistics: Statistics | None = None
     """From which the experts' widths were chosen; None: they were given."""
+    version: int = 1
+    """One above what it replaced when it was imported."""
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, indent=1)
+        return json.dumps({"format": FORMAT, **self._value()}, sort_keys=True, indent=1)
+
+    def _value(self) -> dict[str, Any]:
+        """A first version says nothing of versions: so it was before there were others."""
+        value = asdict(self)
+        if self.version == 1:
+            del value["version"]
+        return value
 
     @property
     def hash(self) -> ModelHash:
         """Same content, same hash, whatever people call it and whatever led to it."""
-        value = asdict(self)
+        value = self._value()
         del value["name"], value["source"], value["licence"], value["statistics"]
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
+
+    @property
+    def release(self) -> Release:
+        """What orders the versions of a model."""
+        return Release(self.version, self.hash)
 
     def trunk_blobs(self) -> list[BlobRef]:
         """The blobs that hold the trunk, each once."""
@@ -236,6 +251,7 @@ class Manifest:
         return ModelDemand(
             model=self.hash,
             name=self.name,
+            version=self.version,
             layers=self.shape.layers,
             experts=self.shape.experts,
             lot_bytes=max(tensor_bytes(ref) for layer in self.experts for ref in layer),
@@ -440,6 +456,8 @@ def _check_numbers(manifest: Manifest) -> None:
     for token in (*bos, *manifest.eos_tokens):
         if type(token) is not int or not 0 <= token < shape.vocab:
             raise ValueError(f"{token!r} is no token")
+    if type(manifest.version) is not int or not 1 <= manifest.version <= VERSION_MAX:
+        raise ValueError(f"{manifest.version!r} is no version")
     texts = (manifest.name, manifest.source, manifest.licence)
     flags = (manifest.tied, manifest.add_bos)
     if any(type(t) is not str for t in texts) or any(type(f) is not bool for f in flags):

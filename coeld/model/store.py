@@ -2,6 +2,7 @@
 
     blobs/<sha256>       read-only files, named by their content
     models/<name>.json   a model exists if, and only if, its manifest is here; written last
+    models/<name>@<hash>.json   an older version, until no device answers with it any more
     partial/             downloads, journals, files being written; may be deleted at any time
     lock                 held (flock) by whoever changes the store
 
@@ -19,11 +20,12 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from coeld.errors import BadChecksum, BadModelFile, DiskFull, ModelError, UnknownModel
+from coeld.ids import ModelHash
 from coeld.model.manifest import BlobRef, Manifest, parse_manifest
 
 if TYPE_CHECKING:
@@ -99,8 +101,25 @@ class Store:
         return sorted(name for name in found if NAME_PATTERN.fullmatch(name))
 
     def manifest(self, name: str) -> Manifest:
-        """Raises UnknownModel, or BadModelFile when the manifest is damaged."""
-        path = self._models / f"{check_name(name)}.json"
+        """The newest version. Raises UnknownModel, or BadModelFile when the manifest is damaged."""
+        return self._read(self._models / f"{check_name(name)}.json", name)
+
+    def versions(self, name: str) -> list[Manifest]:
+        """All versions that are here, the newest last. Raises as `manifest` does."""
+        older = []
+        for path in self._models.glob(f"{check_name(name)}@*.json"):
+            with suppress(BadModelFile, UnknownModel):  # or removed a moment ago
+                older.append(self._read(path, name))
+        return [*sorted(older, key=lambda manifest: manifest.release), self.manifest(name)]
+
+    def version(self, name: str, model: ModelHash) -> Manifest:
+        """The version with that hash. Raises as `manifest` does."""
+        for manifest in reversed(self.versions(name)):
+            if manifest.hash == model:
+                return manifest
+        raise UnknownModel(f"version {model} of {name!r} is not in {self.root} any more.")
+
+    def _read(self, path: Path, name: str) -> Manifest:
         try:
             with path.open("rb") as file:
                 data = file.read(MANIFEST_BYTES_MAX + 1)
@@ -119,6 +138,14 @@ class Store:
             ) from exc
         return manifest
 
+    def changed(self, name: str) -> tuple[int, ...]:
+        """Something that is another after a version was added or removed; () without a model."""
+        try:
+            stat = (self._models / f"{check_name(name)}.json").stat()
+            return stat.st_ino, stat.st_mtime_ns, self._models.stat().st_mtime_ns
+        except FileNotFoundError:
+            return ()
+
     def _unknown(self, name: str) -> UnknownModel:
         return UnknownModel(
             f"no model {name!r} is installed in {self.root} (installed: "
@@ -126,8 +153,9 @@ class Store:
         )
 
     def models(self) -> list[Manifest]:
-        """All installed models, sorted by name. Raises BadModelFile when one is damaged."""
-        return [self.manifest(name) for name in self.names()]
+        """All installed models, sorted by name, older versions too. Raises BadModelFile when one is
+        damaged."""
+        return [manifest for name in self.names() for manifest in self.versions(name)]
 
     def blob_path(self, ref: BlobRef) -> Path:
         return self._blobs / ref.sha256
@@ -240,13 +268,18 @@ class Store:
 
     def save(self, manifest: Manifest, needed: Iterable[BlobRef] | None = None) -> None:
         """Make the model exist. Its blobs must be here, or at least those `needed` (the others are
-        then fetched from other devices when they are wanted). Raises DiskFull.
+        then fetched from other devices when they are wanted). What it replaces stays, as an older
+        version. Raises DiskFull; BadModelFile when what it replaces is damaged.
         """
         refs = manifest.blobs() if needed is None else needed
         missing = [ref.sha256 for ref in refs if not self.has(ref)]
         assert not missing, f"blobs {missing} were not stored"
         path = self._models / f"{check_name(manifest.name)}.json"
         _flush_directory(self._blobs)
+        if path.exists() and (before := self.manifest(manifest.name)).hash != manifest.hash:
+            assert before.release < manifest.release, "an older version would replace a newer one"
+            kept = self._models / f"{manifest.name}@{before.hash}.json"
+            self._write(kept, [before.to_json().encode()], 0o644)
         self._write(path, [manifest.to_json().encode()], 0o644)
         _flush_directory(self._models)
 
@@ -259,11 +292,29 @@ class Store:
         if not path.exists():
             raise self._unknown(name)
         with self.lock():
+            for older in self._models.glob(f"{name}@*.json"):
+                older.unlink(missing_ok=True)
             path.unlink(missing_ok=True)
             _flush_directory(self._models)
             self._collect(name)
             for left in self.partial.iterdir():
                 _discard(left)
+
+    def has_older(self, name: str) -> bool:
+        """Is there any but the newest version?"""
+        return any(self._models.glob(f"{name}@*.json"))
+
+    def retire(self, name: str) -> None:
+        """Remove all versions but the newest, with what only they need. Raises ModelError."""
+        with self.lock():
+            *older, _newest = self.versions(name)
+            for manifest in older:
+                (self._models / f"{name}@{manifest.hash}.json").unlink(missing_ok=True)
+            _flush_directory(self._models)
+            used = {ref.sha256 for manifest in self.models() for ref in manifest.blobs()}
+            for ref in (ref for manifest in older for ref in manifest.blobs()):
+                if ref.sha256 not in used:
+                    (self._blobs / ref.sha256).unlink(missing_ok=True)
 
     def used_bytes(self) -> int:
         """What blobs and unfinished files take."""

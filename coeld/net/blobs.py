@@ -31,6 +31,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from coeld.errors import BadModelFile, DiskFull, FetchFailed, StartError, UnknownModel
+from coeld.ids import ModelHash
 from coeld.model.manifest import BlobRef, Manifest, parse_manifest
 from coeld.model.store import MANIFEST_BYTES_MAX, Store, disk_errors, file_sha256
 
@@ -92,12 +93,11 @@ class BlobServer:
         )
 
     async def _manifest(self, request: Request) -> Response:
-        wanted = request.path_params["name"]
+        wanted = ModelHash(request.path_params["name"])
         for name in self._store.names():
             with contextlib.suppress(BadModelFile, UnknownModel):
-                manifest = self._store.manifest(name)
-                if manifest.hash == wanted:
-                    return Response(manifest.to_json(), media_type="application/json")
+                manifest = self._store.version(name, wanted)
+                return Response(manifest.to_json(), media_type="application/json")
         return PlainTextResponse("no such model here", 404)
 
     async def _blob(self, request: Request) -> Response:

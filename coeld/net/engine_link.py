@@ -26,9 +26,11 @@ from coeld.errors import (
     NoModel,
     StartError,
     Starting,
+    Updating,
 )
 from coeld.events import (
     CallFailed,
+    Drained,
     EngineStarted,
     EngineStopped,
     Event,
@@ -38,7 +40,7 @@ from coeld.events import (
     Used,
 )
 from coeld.host.engine_process import EngineProcess
-from coeld.ids import Lot, NodeId
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.narrow import demand_of
 from coeld.model.store import Store
 from coeld.routes import RouteTable
@@ -120,6 +122,10 @@ class EngineLink:
         self._stats: dict[str, Any] = {}
         self._stats_changed = asyncio.Event()
         self._try_open_at = 0.0
+        self._chosen: ModelHash | None = None
+        """The version to open; None: the oldest, which the swarm had open last."""
+        self._refusal = ""
+        """Why no request is begun; empty: they are."""
         self._complaint = ""
         self.kernels: Kernels | None = None
         """How fast it computes, measured by the first engine; None: none got ready yet."""
@@ -156,8 +162,10 @@ class EngineLink:
     async def generate(self, request: dict[str, Any]) -> AsyncIterator[Answer]:
         """Run a request (fields as in engine/protocol.py); leaving the block cancels it.
 
-        Raises NoModel when nothing is open.
+        Raises NoModel when nothing is open, Updating while none may begin.
         """
+        if self._refusal:
+            raise Updating(self._refusal)
         if self.model is None:
             raise self.not_ready()
         number, answer = str(next(self._ids)), Answer()
@@ -166,9 +174,9 @@ class EngineLink:
         try:
             yield answer
         finally:
-            self._answers.pop(number, None)
-            if not answer.ended:
+            if self._answers.pop(number, None):
                 self._send({"op": "cancel", "id": number})
+                self._tell_drained()
 
     async def stats(self) -> dict[str, Any]:
         """What the engine says about itself now, or said last."""
@@ -191,6 +199,29 @@ class EngineLink:
 
     def routes(self, table: RouteTable) -> None:
         self._send({"op": "routes", "table": table.to_json()})
+
+    def admit(self, refusal: str) -> None:
+        """From now on refuse requests for that reason; an empty one: begin them again."""
+        self._refusal = refusal
+        self._tell_drained()
+
+    def end_requests(self, why: str) -> None:
+        """What is under way fails."""
+        for number, answer in self._answers.items():
+            answer.fail(Updating(why))
+            self._send({"op": "cancel", "id": number})
+        self._answers.clear()
+        self._tell_drained()
+
+    def _tell_drained(self) -> None:
+        if self._refusal and not self._answers:
+            self._emit(Drained())
+
+    def open(self, model: ModelHash) -> None:
+        """Have the engine let its model go and open this version of it."""
+        self._chosen, self.model, self._try_open_at = model, None, 0.0
+        self._explain("the new version of the model is being opened", passing=True)
+        self._open_if_there()
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._process:
@@ -255,6 +286,7 @@ class EngineLink:
         for answer in self._answers.values():
             answer.fail(EngineGone(text))
         self._answers.clear()
+        self._tell_drained()
         was_started, self._address = self._address, None
         self.model, self._try_open_at = None, 0.0
         self._explain("the engine died and is being restarted", passing=True)
@@ -332,6 +364,7 @@ class EngineLink:
             self._send({"op": "cancel", "id": event["id"]})
         if answer.ended:
             del self._answers[event["id"]]
+            self._tell_drained()
 
     # The model
 
@@ -371,8 +404,18 @@ class EngineLink:
             self._try_open_at = now + REOPEN_S
             if self.trouble != self._complaint:
                 self._explain(f"the model {name} is being opened", passing=True)
-            self._send({"op": "open", "model": name})
+            self._send({"op": "open", "model": name, "hash": self._version_of(name)})
         return True
+
+    def _version_of(self, name: str) -> str:
+        """The hash of the version to open; empty if the store cannot say, and the engine will."""
+        try:
+            hashes = [manifest.hash for manifest in self._store.versions(name)]
+        except ModelError:
+            return ""
+        if self._chosen not in hashes:
+            self._chosen = None  # it was removed meanwhile
+        return self._chosen or hashes[0]
 
     def _explain(self, trouble: str, *, passing: bool) -> None:
         self.trouble, self._passing = trouble, passing
@@ -380,15 +423,15 @@ class EngineLink:
     def _opened(self, event: dict[str, Any]) -> None:
         assert self._address is not None
         try:
-            demand = demand_of(self._store.manifest(str(event["model"])))
+            found = self._store.version(str(event["model"]), ModelHash(str(event["hash"])))
         except ModelError as exc:
-            self._explain(str(exc), passing=False)
-            log.error("%s", exc)
-            return
-        if demand.model != event["hash"]:
-            self._explain("the model was replaced while it was being opened", passing=True)
+            self._explain(f"the model was replaced while it was being opened: {exc}", passing=True)
             self._try_open_at = 0.0
             return
+        demand = demand_of(found)
+        if self.model == demand or self._chosen not in (None, demand.model):
+            return  # it was asked for twice, or for another one meanwhile
+        self._chosen = demand.model
         self.model, self.trouble = demand, ""
         self.context_tokens = int(event["context_tokens"])
         self._emit(EngineStarted(demand, *self._address))

@@ -170,6 +170,8 @@ class PeerServer:
         self._hidden = 0
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
+        self._left = threading.Condition(self._lock)
+        """A connection has ended."""
         self._acceptor = threading.Thread(target=self._accept, name="peers.accept", daemon=True)
         self._acceptor.start()
 
@@ -189,6 +191,17 @@ class PeerServer:
         with self._lock:
             for connection in self._connections:
                 connection.close()
+
+    def rest(self) -> None:
+        """From now on answer nobody, until `serve`. Returns when no caller's thread holds anything
+        of the model any more, or after FRAME_TIMEOUT_S."""
+        self._introduction = self._run = self._welcome = None
+        until_s = time.monotonic() + FRAME_TIMEOUT_S
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            while self._connections and (left_s := until_s - time.monotonic()) > 0:
+                self._left.wait(left_s)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -247,9 +260,11 @@ class PeerServer:
         finally:
             if host is not None:
                 host.close()
+                host = None
+            connection.close()
             with self._lock:
                 self._connections.discard(connection)
-            connection.close()
+                self._left.notify_all()
 
     def _greet(self, connection: Connection) -> socket.socket | None:
         """Check who calls. The connection to the device that is meant, if it is not this one."""

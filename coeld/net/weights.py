@@ -28,7 +28,9 @@ from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.manifest import BlobRef, Manifest
 from coeld.model.store import Store, free_bytes
 from coeld.net.blobs import BlobServer, Holder, Rate, fetch, fetch_manifest
+from coeld.net.upgrade import Releases, Upgrade
 from coeld.update.disk import Blob, Wanted, to_delete
+from coeld.view import ModelDemand
 
 LOOK_S: Final = 1.0
 """Between looks whether the swarm has a model, while this device has none."""
@@ -63,6 +65,7 @@ class Weights:
         bytes_per_s: float,
         disk: DiskBudget,
         holders: Holders,
+        releases: Releases,
         wanted: Callable[[], Wanted],
         load: Callable[[Sequence[Lot], bool], None],
         emit: Callable[[Event], None],
@@ -72,9 +75,12 @@ class Weights:
         self._node, self._disk, self._on_disk = node, disk, wanted
         self._incoming = Rate(bytes_per_s)
         self.server = BlobServer(store, Rate(bytes_per_s))
+        self._upgrade = Upgrade(store, node, self, releases, lambda: wanted().kept, emit)
         self._orders: deque[tuple[tuple[Lot, ...], bool]] = deque()
         self._changed = asyncio.Event()
         self._manifest: Manifest | None = None
+        """Of the model in `_open`."""
+        self._open: ModelDemand | None = None
         self._spare: deque[BlobRef] = deque()
         """What nobody waits for and is not here, in this device's own order."""
         self._lots: dict[str, list[Lot]] = {}
@@ -90,13 +96,14 @@ class Weights:
     def status(self) -> dict[str, Any]:
         return {
             "fetching": self.fetching,
+            "next": self._upgrade.status(),
             "missing_blobs": sum(not self._store.has(ref) for ref in self._spare),
             "fetched_bytes": self.fetched_bytes,
             "deleted_bytes": self.deleted_bytes,
             "sent_bytes": self.server.sent_bytes,
         }
 
-    def load(self, model: str, lots: tuple[Lot, ...], narrow: bool = False) -> None:
+    def load(self, model: ModelDemand, lots: tuple[Lot, ...], narrow: bool = False) -> None:
         """Tell the engine to load these lots of that model, `narrow` or as they are stored, as soon
         as all their blobs are here."""
         try:
@@ -114,16 +121,20 @@ class Weights:
         """The engine has gone, and with it everything that it was to load."""
         self._orders.clear()
 
-    async def run(self, model: Callable[[], str | None]) -> None:
-        """Until cancelled. `model` names what the engine has open, or None."""
+    async def run(self, model: Callable[[], ModelDemand | None]) -> None:
+        """Until cancelled. `model` is what the engine has open, or None."""
         while True:
-            name = model()
-            if self._orders and name:
-                await self._next_order(name)
+            opened = model()
+            if self._orders and opened:
+                await self._next_order(opened)
                 continue
-            if name is None and self._nothing_installed():
+            if opened is None and self._nothing_installed():
                 await self._find_model()
-            elif name and (self._collect(name) or await self._next_spare(name)):
+            elif opened and (
+                self._collect(opened)
+                or await self._upgrade.advance(opened)
+                or await self._next_spare(opened)
+            ):
                 continue
             self._changed.clear()
             try:
@@ -134,10 +145,11 @@ class Weights:
 
     # Lots
 
-    def _missing(self, model: str, lots: Iterable[Lot]) -> list[BlobRef]:
+    def _missing(self, model: ModelDemand, lots: Iterable[Lot]) -> list[BlobRef]:
         """Raises ModelError when the manifest is gone or damaged."""
-        if self._manifest is None or self._manifest.name != model:
-            self._manifest = self._store.manifest(model)
+        if self._manifest is None or self._open != model:
+            self._manifest = self._store.version(model.name, model.model)
+            self._open = model
             self._lots = {}
             for layer, experts in enumerate(self._manifest.experts):
                 for expert, ref in enumerate(experts):
@@ -153,7 +165,7 @@ class Weights:
     def _turn(self, ref: BlobRef) -> bytes:
         return hashlib.sha256(f"{self._node}{ref.sha256}".encode()).digest()
 
-    async def _next_spare(self, model: str) -> bool:
+    async def _next_spare(self, model: ModelDemand) -> bool:
         """Fetch one more blob that nobody waits for; False when there is none, or no room."""
         try:
             self._missing(model, ())
@@ -161,11 +173,9 @@ class Weights:
             if not self._spare or self._manifest is None:
                 return False
             ref = self._spare[0]
-            if free_bytes(self._store.root) < ref.bytes + self._disk.free_bytes:
+            if not self.has_room(ref.bytes):
                 return False
-            if self._excess(ref.bytes) > 0:
-                return False
-            await self._bring([ref], self._manifest.hash, "the rest of the model", quiet=True)
+            await self.bring([ref], self._manifest.hash, "the rest of the model", quiet=True)
         except (CoeldError, OSError) as exc:
             log.debug("the rest of the model cannot be fetched now: %s", exc)
             self._spare.rotate(-1)
@@ -184,13 +194,13 @@ class Weights:
                 self._spare.appendleft(ref)
                 return
 
-    async def _next_order(self, model: str) -> None:
+    async def _next_order(self, model: ModelDemand) -> None:
         order = self._orders[0]
         lots, narrow = order
         try:
             missing = self._missing(model, lots)
             assert self._manifest is not None
-            await self._bring(missing, self._manifest.hash, f"{len(missing)} experts")
+            await self.bring(missing, self._manifest.hash, f"{len(missing)} experts")
         except (CoeldError, OSError) as exc:
             self._emit(LoadFailed(lots, str(exc)))
         else:
@@ -199,9 +209,10 @@ class Weights:
         if self._orders and self._orders[0] is order:
             self._orders.popleft()
 
-    async def _bring(
+    async def bring(
         self, refs: Sequence[BlobRef], model: ModelHash, what: str, quiet: bool = False
     ) -> None:
+        """Fetch blobs from the devices that have that model. Raises FetchFailed, DiskFull."""
         if not refs:
             return
         size = sum(ref.bytes for ref in refs)
@@ -216,6 +227,12 @@ class Weights:
             self.fetching = ""
 
     # The budget of the disk
+
+    def has_room(self, more_bytes: int) -> bool:
+        """For that much that nobody waits for."""
+        if free_bytes(self._store.root) < more_bytes + self._disk.free_bytes:
+            return False
+        return self._excess(more_bytes) <= 0
 
     def _excess(self, more_bytes: int) -> int:
         """By how much the store would exceed its budget with that many bytes more."""
@@ -234,7 +251,7 @@ class Weights:
                 "and nothing more may be deleted. Raise it, or remove a model that is not served."
             )
 
-    def _collect(self, model: str) -> bool:
+    def _collect(self, model: ModelDemand) -> bool:
         """When it is time, delete what is over the budget; False: nothing was deleted."""
         now = asyncio.get_running_loop().time()
         if now < self._collect_at:
@@ -302,7 +319,7 @@ class Weights:
             )
         needed = manifest.trunk_blobs() + manifest.text_blobs()
         missing = [ref for ref in needed if not self._store.has(ref)]
-        await self._bring(missing, model, f"{manifest.name}: what every device needs")
+        await self.bring(missing, model, f"{manifest.name}: what every device needs")
         with self._store.lock():
             self._store.save(manifest, needed)
         log.info("%s was fetched from the swarm", manifest.name)

@@ -12,6 +12,7 @@ from coeld.ids import ModelHash
 from coeld.messages import ENTRIES_MAX, RECORDS_MAX, Entry, Record, Status
 from coeld.perception.fingerprint import part_of
 from coeld.perception.membership import precedence
+from coeld.releases import Progress, Release
 
 DELTA_BYTES_MAX = 200 * 1024  # estimated; leaves room below MESSAGE_BYTES_MAX
 RECORD_BYTES = 700
@@ -82,13 +83,36 @@ def supply(record: Record) -> tuple[object, ...]:
 
 
 def marks(record: Record) -> tuple[object, ...]:
-    """Which route table it uses."""
-    return record.epoch, record.fingerprint
+    """Which route table it uses, and how far it is from one version of the model to the next."""
+    return record.epoch, record.fingerprint, record.versions
 
 
 def holders(records: Iterable[Record]) -> list[tuple[ModelHash, str, int]]:
-    """Which model each device has, and where it serves its blobs."""
-    return [(r.model, r.blob_host, r.blob_port) for r in records if r.model and r.blob_port]
+    """Which models each device has, and where it serves its blobs."""
+    held: list[tuple[ModelHash, str, int]] = []
+    for record in records:
+        if record.blob_port:
+            models = [record.model] if record.model else []
+            models += [release.model for release in _ready(record)]
+            held += [(model, record.blob_host, record.blob_port) for model in models]
+    return held
+
+
+def releases(records: Iterable[Record], name: str) -> list[tuple[Release, str, int]]:
+    """Which versions of a model each device has, and where it serves their blobs."""
+    found: list[tuple[Release, str, int]] = []
+    for record in records:
+        if record.versions.name == name and record.blob_port:
+            opened = [Release(record.versions.version, record.model)] if record.model else []
+            had = [*opened, *_ready(record)]
+            found += [(release, record.blob_host, record.blob_port) for release in had]
+    return found
+
+
+def _ready(record: Record) -> list[Release]:
+    """The next version, if it is on the device's disk."""
+    versions = record.versions
+    return [versions.next] if versions.next and versions.progress is Progress.READY else []
 
 
 def improves(ours: Entry, theirs: Entry | None) -> bool:

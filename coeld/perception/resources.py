@@ -8,6 +8,7 @@ equally and the tie is broken by a hash instead of by measurement error.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from coeld.view import Resources
 
@@ -81,6 +82,12 @@ class Told:
             fresh, memory_budget_bytes=budget, kernel_mb_per_s=kernel, row_mb_per_s=row
         )
         return True
+
+    def facts(self) -> dict[str, Any]:
+        """Of the record: what was told."""
+        assert self.resources is not None
+        names = ("memory_budget_bytes", "cpu_load_percent", "kernel_mb_per_s", "row_mb_per_s")
+        return {name: getattr(self.resources, name) for name in (*names, "sparing")}
 
 
 def _speed(told: int, fresh: int) -> int:

@@ -2,7 +2,8 @@
 
 from random import Random
 
-from coeld.sim.world import Network, World
+from coeld.sim.device import Network
+from coeld.sim.world import World
 
 
 def torment(world: World, for_s: float, rng: Random) -> None:

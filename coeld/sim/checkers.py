@@ -7,10 +7,11 @@ everything covered if it fits, and if it does not the right number of missing by
 what has to be said.
 """
 
-from coeld.effects import Effect, LoadLots, SwapRoutes
-from coeld.ids import Lot, NodeId
+from coeld.effects import Effect, LoadLots, OpenModel, SwapRoutes
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.routes import Leg, RouteTable
-from coeld.sim.world import Device, World
+from coeld.sim.device import Device
+from coeld.sim.world import World
 
 STALE_S = 32.0
 """Longest that anyone may believe in a device that is gone: silence and suspicion, times 8."""
@@ -22,7 +23,9 @@ def watch(world: World) -> None:
 
 
 def _safety(world: World, device: Device, effect: Effect) -> None:
-    demand = world.demand
+    demand = device.demand or world.demand
+    if isinstance(effect, OpenModel):
+        assert not device.loading | device.draining, f"{device.id} lets go of what is on the way"
     if isinstance(effect, LoadLots):
         held, lots = device.serving | device.loading | device.draining, set(effect.lots)
         here = {lot for lot in held & lots if (lot in device.narrow) == effect.narrow}
@@ -40,9 +43,8 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
             assert len(set(owners)) == len(owners)
             for owner in owners:
                 other = world.devices[owner]
-                stale_s = world.now - other.left_memory.get(lot, float("-inf"))
-                there = lot in other.serving or lot in other.draining
-                assert there or stale_s < STALE_S, f"a route names {owner}, which has no {lot}"
+                there = _there(world, other, effect.table.model, lot)
+                assert there, f"a route names {owner}, which has no {lot}"
                 if owner == device.id:
                     assert lot in device.serving, "own route to a lot that is not in memory"
         _safe_ways(world, device, effect.table)
@@ -51,23 +53,27 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
 def bytes_of(world: World, device: Device) -> int:
     """The lots in a device's memory, both forms of what is changing its width."""
     held = [*device.serving, *device.loading, *device.draining]
-    sizes = world.demand.sizes
+    sizes = (device.demand or world.demand).sizes
     now = sum(sizes[lot in device.narrow] for lot in held)
     return now + sum(sizes[lot not in device.narrow] for lot in device.changing)
 
 
+def _there(world: World, device: Device, model: ModelHash, lot: Lot) -> bool:
+    """Is a lot of that model in a device's memory, or was it lately?"""
+    opened = device.demand is not None and device.demand.model == model
+    stale_s = world.now - device.left_memory.get(lot, float("-inf"))
+    return (opened and lot in device.serving | device.draining) or stale_s < STALE_S
+
+
 def _safe_ways(world: World, device: Device, table: RouteTable) -> None:
     """Legs lead through all layers, and elsewhere only to devices that serve them whole."""
-    demand = world.demand
-    if table.model != demand.model:
-        return  # of the model before, whose shape is not kept
+    demand = world.models[table.model]
     for legs in (table.legs, table.spans):
         for node, first, stop in legs:
             other = world.devices[node]
             for lot in (lot for layer in range(first, stop) for lot in demand.lots_of(layer)):
-                stale_s = world.now - other.left_memory.get(lot, float("-inf"))
-                there = lot in other.serving or lot in other.draining or node == device.id
-                assert there or stale_s < STALE_S, f"a leg leads to {node}, which has no {lot}"
+                there = node == device.id or _there(world, other, table.model, lot)
+                assert there, f"a leg leads to {node}, which has no {lot}"
     if table.legs:
         edges = [0, *(leg.stop for leg in table.legs)]
         assert [leg.first for leg in table.legs] == edges[:-1], "a way with gaps"

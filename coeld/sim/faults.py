@@ -9,7 +9,8 @@ from dataclasses import dataclass, fields
 from random import Random
 
 from coeld.errors import ConfigError
-from coeld.sim.world import Network, Stalls, World
+from coeld.sim.device import Network, Stalls
+from coeld.sim.world import World
 
 PINNED_RUN_S = 0.2
 PINNED_MEAN_S = 0.3

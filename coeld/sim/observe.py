@@ -14,7 +14,8 @@ from coeld.effects import Effect, Publish
 from coeld.events import Event, MessageReceived
 from coeld.ids import NodeId
 from coeld.messages import Beat, Delta, Status
-from coeld.sim.world import Device, World
+from coeld.sim.device import Device
+from coeld.sim.world import World
 
 EXCUSED_S = 15.0
 """After a partition verdicts from before it are still on their way."""

@@ -14,9 +14,10 @@ from typing import Any
 from coeld.events import EngineStarted
 from coeld.node import NodeConfig
 from coeld.sim import checkers
+from coeld.sim.device import Device, Spec
 from coeld.sim.faults import Faults
 from coeld.sim.observe import EXCUSED_S, Observer, Sample, all_met, moves, quantile, same_view
-from coeld.sim.world import MODEL, Device, Spec, World
+from coeld.sim.world import MODEL, World
 
 INTRODUCTIONS = 3
 """Others that a device finds when it starts, as mDNS shows some."""

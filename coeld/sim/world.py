@@ -11,22 +11,25 @@ gives the same trace, which is kept as one sha256.
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
 from coeld.effects import (
+    Admit,
     Connect,
     Disconnect,
     DropLots,
     Effect,
+    EndRequests,
     LoadLots,
+    OpenModel,
     Publish,
     Report,
     Send,
     SwapRoutes,
 )
 from coeld.events import (
+    Drained,
     EngineStarted,
     EngineStopped,
     Event,
@@ -35,94 +38,27 @@ from coeld.events import (
     LotsLoaded,
     MessageReceived,
     NeighbourLost,
+    ReleaseFound,
     ResourcesSampled,
     Tick,
 )
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.messages import Delta, Message, decode, encode
 from coeld.node import Node, NodeConfig
-from coeld.routes import RouteTable
+from coeld.releases import Progress
+from coeld.sim.device import Device, Network, Request, Spec, Stalls
 from coeld.view import ModelDemand, Resources
 
 MODEL = ModelDemand(ModelHash("5e" * 32), "simulated", 30, 8, 350_000, 30_000_000)
 LINK_S = 0.005
 """How long a new link, or the reset of a broken one, takes."""
 DRAIN_S = 0.02
+OPEN_S = 0.3
+"""From letting one model go until the next is open."""
 TOPIC_BYTES = 48
 """What MQTT adds to a message: fixed header, length, and coeld/1/<swarm>/all/<sender>."""
 SLOW_FACTOR = 100
 REPORTS_MAX = 100_000
-
-
-@dataclass(slots=True)
-class Network:
-    """How badly messages travel."""
-
-    delay_s: tuple[float, float] = (0.0005, 0.003)
-    loss: float = 0.0
-    repeat: float = 0.0
-    slow: float = 0.0
-    """Share of messages that take 100 times as long: these overtake and are overtaken."""
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """One device: what it has and how fast it reads its disk."""
-
-    budget_bytes: int
-    kernel_mb_per_s: int = 16_000
-    """Fast enough for whole layers to be best: what is placed in parts is searched for longer."""
-    disk_mb_per_s: int = 200
-    engine: bool = True
-    """False: a member of the swarm that runs no model."""
-
-
-@dataclass(slots=True)
-class Stalls:
-    """A device with all its cores pinned: it gets to run now and then, for a moment."""
-
-    run_s: float = 0.2
-    """Longest time between two stalls."""
-    mean_s: float = 0.3
-    max_s: float = 2.0
-    begins: float = 0.0
-    ends: float = 0.0
-
-
-@dataclass(slots=True)
-class Device:
-    """A device as the world sees it: the truth that checkers compare views with."""
-
-    id: NodeId
-    spec: Spec
-    life: int = 0
-    node: Node | None = None
-    engine: int = 0
-    """Counts engine processes; 0: none runs."""
-    engines: int = 0
-    serving: set[Lot] = field(default_factory=set)
-    loading: set[Lot] = field(default_factory=set)
-    draining: set[Lot] = field(default_factory=set)
-    narrow: set[Lot] = field(default_factory=set)
-    """What is in memory, or is being read, in fewer bits than stored."""
-    changing: set[Lot] = field(default_factory=set)
-    """Serving, and being read in the other width."""
-    left_memory: dict[Lot, float] = field(default_factory=dict)
-    """When a lot was last dropped or lost."""
-    table: RouteTable | None = None
-    tick_at: float = -1.0
-    sent_bytes: int = 0
-    sent_messages: int = 0
-    heard_bytes: int = 0
-    lots_loaded: int = 0
-    pace: float = 1.0
-    """Seconds of its clock per second."""
-    ahead_s: float = 0.0
-    """What its clock showed at time 0."""
-    stalls: Stalls | None = None
-
-    def clock(self, now: float) -> float:
-        return self.ahead_s + now * self.pace
 
 
 class World:
@@ -149,6 +85,8 @@ class World:
         self.seeds = [self.order[i] for i in seeds]
         self.introductions = 0
         """How many others each device finds by itself when it starts, besides the seeds."""
+        self.models = {demand.model: demand}
+        """Every model that ever was open."""
         self.load_failure = 0.0
         """Probability that a batch fails to load."""
         self.reports: list[tuple[float, NodeId, str]] = []
@@ -178,7 +116,7 @@ class World:
         device.life += 1
         config = _named(self.config, device.id)
         device.node = Node(device.id, device.life, config, Random(self.rng.getrandbits(64)))
-        device.table = None
+        device.table, device.refusal = None, ""
         for other in self._found(device):
             self._listen(device.id, other)
         for listener in list(self._listeners[device.id]):  # their shells come back to its broker
@@ -207,7 +145,11 @@ class World:
         if device.node is not None and device.life == life and not device.engine:
             device.engines += 1
             device.engine = device.engines
-            self.feed(device, EngineStarted(self.demand, f"{device.id}.local", 9000))
+            demand = device.demand = device.chosen or self.demand
+            self.models[demand.model] = demand
+            self.feed(device, EngineStarted(demand, f"{device.id}.local", 9000))
+            for found in device.found.values():
+                self.feed(device, found)
 
     def crash(self, device: Device, noticed: bool = True) -> None:
         """kill -9 of everything on a device; `noticed`: links are reset, else it just goes dark."""
@@ -225,6 +167,20 @@ class World:
             self._empty(device)
             self.feed(device, EngineStopped())
             self._later(restart_after_s, self.start_engine, device, device.life)
+
+    def release(self, device: Device, demand: ModelDemand, progress: Progress) -> None:
+        """A newer version of the model is so far on the way to the device's disk."""
+        device.found[demand.model] = found = ReleaseFound(demand, progress)
+        self.feed(device, found)
+
+    def ask(self, device: Device, for_s: float) -> Request:
+        """A request that takes so long, begun at this device unless it is refused."""
+        if device.demand is None or device.refusal:
+            return Request(None)
+        request = Request(device.demand.model)
+        device.requests.append(request)
+        self._later(for_s, self._end, device, request, "done")
+        return request
 
     def leave(self, device: Device) -> None:
         assert device.node is not None
@@ -355,6 +311,15 @@ class World:
                 device.serving -= set(lots)
                 device.draining |= set(lots)
                 self._later(DRAIN_S, self._engine_call(device, lots, self._dropped))
+            case Admit(refusal):
+                device.refusal = refusal
+                self._tell_drained(device)
+            case EndRequests():
+                self._end_all(device)
+            case OpenModel(_, model):
+                device.chosen = device.found[model].demand
+                self._empty(device)
+                self._later(OPEN_S, self.start_engine, device, device.life)
             case SwapRoutes(table):
                 device.table = table
             case Report(text):
@@ -413,8 +378,23 @@ class World:
 
     # ---- engines ---------------------------------------------------------------------------
 
+    def _end(self, device: Device, request: Request, outcome: str) -> None:
+        if request in device.requests:
+            device.requests.remove(request)
+            request.outcome = outcome
+            self._tell_drained(device)
+
+    def _end_all(self, device: Device) -> None:
+        for request in list(device.requests):
+            self._end(device, request, "failed")
+
+    def _tell_drained(self, device: Device) -> None:
+        if device.refusal and not device.requests:
+            self._later(0, self._feed_life, device, device.life, Drained())
+
     def _empty(self, device: Device) -> None:
-        device.engine = 0
+        device.engine, device.demand = 0, None
+        self._end_all(device)
         device.left_memory |= dict.fromkeys(device.serving | device.draining, self.now)
         for held in (device.serving, device.loading, device.draining, device.changing):
             held.clear()
@@ -437,11 +417,12 @@ class World:
 
     def _load(self, device: Device, lots: tuple[Lot, ...], narrow: bool) -> None:
         assert not (device.loading | device.changing) & set(lots)
+        assert device.demand is not None
         device.changing |= set(lots) & device.serving
         device.loading |= set(lots) - device.serving
         if narrow:
             device.narrow |= set(lots) - device.serving
-        seconds = len(lots) * self.demand.lot_bytes / (device.spec.disk_mb_per_s * 1e6)
+        seconds = len(lots) * device.demand.lot_bytes / (device.spec.disk_mb_per_s * 1e6)
         failed = self.rng.random() < self.load_failure
         action = self._failed if failed else self._loaded
         self._later(seconds, self._engine_call(device, lots, action))

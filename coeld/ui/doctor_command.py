@@ -69,7 +69,7 @@ def checks(arguments: argparse.Namespace) -> Iterator[Check]:
 
 def _model(store: Store) -> Check:
     try:
-        names = [manifest.name for manifest in store.models()]
+        names = sorted({manifest.name for manifest in store.models()})
     except CoeldError as exc:
         return Check("model", "damaged", str(exc))
     if not names:

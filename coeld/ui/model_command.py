@@ -44,6 +44,10 @@ def add_parser(subparsers: Any) -> None:
     add.add_argument(
         "--trunk-bits", type=int, default=8, help="per weight of attention: 8, 4, or 32"
     )
+    add.add_argument(
+        "--update", action="store_true",
+        help="make it the next version of the model of that name; running devices go over to it",
+    )  # fmt: skip
     precision_command.add_arguments(add)
     add.set_defaults(run=_add)
     listing = commands.add_parser("list", parents=[store], help="show installed and known models")
@@ -91,22 +95,25 @@ def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") ->
     from coeld.model.open_checkpoint import open_checkpoint
 
     name = args.name or _name_after(args.model)
-    require_new(store, name)
+    require_new(store, name, args.update)
     with open_checkpoint(args.model, progress) as checkpoint:
         precision = precision_command.choose(args, checkpoint, name, progress)
-        return import_checkpoint(store, checkpoint, name, progress, precision=precision)
+        return import_checkpoint(
+            store, checkpoint, name, progress, precision=precision, update=args.update
+        )
 
 
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
     name = args.name or entry.name
-    if args.name is None and args.budget is None and name in store.names():
+    plain = args.name is None and args.budget is None and not args.update
+    if plain and name in store.names():
         return store.manifest(name)
     from coeld.model.fetch import fetched
     from coeld.model.importer import Origin, import_checkpoint, require_new
     from coeld.model.open_checkpoint import open_checkpoint
 
-    require_new(store, name)
+    require_new(store, name, args.update)
     origin = Origin(entry.pip.source, entry.licence)
     with (
         store.lock(),
@@ -115,12 +122,20 @@ def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> 
     ):
         precision = precision_command.choose(args, checkpoint, name, progress)
         return import_checkpoint(
-            store, checkpoint, name, progress, origin=origin, precision=precision
+            store,
+            checkpoint,
+            name,
+            progress,
+            origin=origin,
+            precision=precision,
+            update=args.update,
         )
 
 
 def _report(store: Store, manifest: Manifest, seconds: float) -> None:
     shape = manifest.shape
+    if manifest.version > 1:
+        print(f"version {manifest.version}: running devices go over to it, see coeld status")
     print(
         f"{manifest.name}: {_megabytes(_stored_bytes(manifest))} in {store.root}, "
         f"{shape.layers} layers of {shape.experts} experts, {seconds:.1f} s\n"
@@ -158,6 +173,7 @@ def _describe(store: Store, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "hash": manifest.hash,
+        "version": manifest.version,
         "bytes": _stored_bytes(manifest),
         "layers": manifest.shape.layers,
         "experts": manifest.shape.experts,

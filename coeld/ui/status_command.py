@@ -53,6 +53,36 @@ def headline(status: dict[str, Any]) -> str:
         text += f"\n{routes['missing_bytes']:,} bytes of memory are missing in the swarm"
     if engine["trouble"]:
         text += f"\n{engine['trouble']}"
+    return text + rollout(status)
+
+
+def rollout(status: dict[str, Any]) -> str:
+    """Who has which version of the model, a line each, while not all have the same."""
+    node = status["node"]
+    told = {m["name"] or m["node"]: m["versions"] for m in node["members"]}
+    same = {
+        name: versions
+        for name, versions in told.items()
+        if versions and versions["model"] == node["model"]["name"]
+    }
+    if len({n for v in same.values() for n in (v["open"], v["next"]) if n}) < 2:
+        return ""
+    text = "".join(f"\n  {name}: {_version(versions)}" for name, versions in same.items())
+    trouble = status["weights"]["next"]["trouble"]
+    return f"\na new version is being rolled out:{text}" + (f"\n{trouble}" if trouble else "")
+
+
+def _version(versions: dict[str, Any]) -> str:
+    text = f"version {versions['open']}"
+    if versions["requests"] != "serving":
+        text += ", ends its answers" if versions["requests"] == "draining" else ", answers ended"
+    if versions["next"]:
+        progress = {
+            "fetching": "is being fetched",
+            "ready": "is on disk",
+            "failed": "cannot be had",
+        }[versions["progress"]]
+        text += f"; version {versions['next']} {progress}"
     return text
 
 

@@ -124,6 +124,11 @@ class Migration:
         wide = len(self._states) - narrow + widening
         return wide * lot_bytes + (narrow + len(changing) - widening) * narrow_bytes
 
+    @property
+    def rests(self) -> bool:
+        """Is nothing loading and nothing draining?"""
+        return all(state is LotState.SERVING for state in self._states.values())
+
     def keeps(self, lot: Lot) -> bool:
         """Is the lot in memory to stay, or about to be?"""
         return self.state(lot) not in (LotState.FREE, LotState.DRAINING)

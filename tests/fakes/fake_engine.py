@@ -57,10 +57,13 @@ class FakeEngine:
 
     def op_open(self, message: dict) -> None:
         try:
-            manifest = self.store.manifest(message["model"])
+            name, model = message["model"], message["hash"]
+            manifest = self.store.version(name, model) if model else self.store.manifest(name)
         except CoeldError as exc:
             self.say("failed", model=message["model"], **error_to_json(exc))
             return
+        self.requests.clear()
+        self.lots.clear()
         self.say(
             "opened",
             model=manifest.name,

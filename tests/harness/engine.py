@@ -114,7 +114,7 @@ def swarm_with_table(
         {node: ("127.0.0.1", port) for node, port in ports.items()},
     )
     for node, engine in engines.items():
-        engine.say("open", model=manifest.name)
+        engine.say("open", model=manifest.name, hash=manifest.hash)
         engine.hear("opened")
         engine.say("load", lots=shares[node], narrow=False)
         engine.hear("loaded")

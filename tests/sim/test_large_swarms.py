@@ -15,11 +15,12 @@ import pytest
 from coeld.errors import ConfigError
 from coeld.perception.perceive import LAZY_PER_S
 from coeld.sim import checkers
+from coeld.sim.device import Spec
 from coeld.sim.faults import Faults
 from coeld.sim.observe import Observer, all_met, moves, same_view
 from coeld.sim.picture import draw
 from coeld.sim.scenario import Plan, simulate
-from coeld.sim.world import MODEL, Spec, World
+from coeld.sim.world import MODEL, World
 
 NODES = 100
 ENGINES = 4

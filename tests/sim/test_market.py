@@ -10,7 +10,8 @@ from coeld.events import ResourcesSampled
 from coeld.ids import Lot
 from coeld.node import NodeConfig
 from coeld.sim import checkers
-from coeld.sim.world import MODEL, Device, Spec, World
+from coeld.sim.device import Device, Spec
+from coeld.sim.world import MODEL, World
 from coeld.view import Resources
 
 SMALL = replace(MODEL, layers=12)

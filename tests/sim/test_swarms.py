@@ -11,7 +11,8 @@ import pytest
 from coeld.events import ResourcesSampled
 from coeld.node import NodeConfig
 from coeld.sim import chaos, checkers
-from coeld.sim.world import MODEL, Network, Spec, World
+from coeld.sim.device import Network, Spec
+from coeld.sim.world import MODEL, World
 from coeld.view import Resources
 
 SMALL = replace(MODEL, layers=12)
@@ -194,7 +195,8 @@ def test_forty_devices_agree_and_survive_the_loss_of_five() -> None:
 REPLAY = """
 from random import Random
 from coeld.sim import chaos
-from coeld.sim.world import MODEL, Spec, World
+from coeld.sim.device import Spec
+from coeld.sim.world import MODEL, World
 world = World(9, [Spec(60_000_000)] * 4)
 world.start_all()
 chaos.torment(world, 8, Random(9))

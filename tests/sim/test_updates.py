@@ -16,7 +16,8 @@ from coeld.events import ResourcesSampled, Used
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.node import NodeConfig
 from coeld.sim import checkers
-from coeld.sim.world import MODEL, Device, Spec, World
+from coeld.sim.device import Device, Spec
+from coeld.sim.world import MODEL, World
 from coeld.update.worth import HORIZON_S, MOVE_MB_PER_S
 from coeld.view import ModelDemand, Resources
 

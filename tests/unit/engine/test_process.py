@@ -19,7 +19,7 @@ def agent(tiny_store):
 
 
 def open_all(agent: Engine, tiny) -> None:
-    agent.say("open", model="tiny")
+    agent.say("open", model="tiny", hash="")
     assert agent.hear("opened", "failed")["hash"] == tiny.hash
     agent.say("load", lots=tiny.demand().lots(), narrow=False)
     assert len(agent.hear("loaded", "load_failed")["lots"]) == 24
@@ -81,7 +81,7 @@ def test_two_engines_share_a_model_and_answer_as_one(agent, tiny, tiny_store) ->
 def test_errors_name_the_request_and_what_to_do(agent, tiny) -> None:
     _text, message = agent.answer("early")
     assert message["type"] == "NoModel"
-    agent.say("open", model="nothing")
+    agent.say("open", model="nothing", hash="")
     assert agent.hear("failed")["type"] == "UnknownModel"
     open_all(agent, tiny)
     _text, message = agent.answer("long", prompt="the " * 400)

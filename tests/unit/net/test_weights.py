@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.store import Store
 from coeld.net import blobs, weights
 from coeld.net.weights import DiskBudget, Weights
+from coeld.releases import Release
 from coeld.update.disk import Wanted
+from coeld.view import ModelDemand
 from tests.unit.net.test_blobs import complete, holding
 
 ME = NodeId("a" * 16)
@@ -32,9 +35,10 @@ class Device:
     ) -> None:
         self.store = Store(root)
         self.holders: list[tuple[ModelHash, str, int]] = []
+        self.releases: list[tuple[Release, str, int]] = []
         self.loaded: list[tuple[Lot, ...]] = []
         self.events: list[Event] = []
-        self.open: str | None = None
+        self.open: ModelDemand | None = None
         self.swarm = Wanted(frozenset(), {})
         self.weights = Weights(
             self.store,
@@ -43,6 +47,7 @@ class Device:
             0,
             DiskBudget(disk_bytes, spare_bytes),
             lambda: self.holders,
+            lambda _name: self.releases,
             lambda: self.swarm,
             lambda lots, _narrow: self.loaded.append(tuple(lots)),
             self.events.append,
@@ -91,7 +96,7 @@ def with_trunk(device: Device, store: Store, model) -> None:
         for ref in model.trunk_blobs() + model.text_blobs():
             device.store.put(store.blob_path(ref).read_bytes())
         device.store.save(model, model.trunk_blobs())
-    device.open = model.name
+    device.open = model.demand()
 
 
 def test_lots_that_were_won_are_fetched_before_they_are_loaded(tmp_path, tiny_store, tiny) -> None:
@@ -101,10 +106,10 @@ def test_lots_that_were_won_are_fetched_before_they_are_loaded(tmp_path, tiny_st
     async def main() -> None:
         async with holding(tiny_store) as (holder, _server):
             device.holders = [(tiny.hash, holder.host, holder.port)]
-            device.weights.load("tiny", LOTS)
+            device.weights.load(tiny.demand(), LOTS)
             assert device.loaded == []
             await device.until(lambda: device.loaded)
-            device.weights.load("tiny", LOTS[:1])  # it is here now: at once
+            device.weights.load(tiny.demand(), LOTS[:1])  # it is here now: at once
 
     asyncio.run(main())
     assert device.loaded == [LOTS, LOTS[:1]]
@@ -115,27 +120,27 @@ def test_lots_that_were_won_are_fetched_before_they_are_loaded(tmp_path, tiny_st
 def test_lots_that_nobody_has_have_failed(tmp_path, tiny_store, tiny) -> None:
     device = Device(tmp_path)
     with_trunk(device, tiny_store, tiny)
-    device.weights.load("tiny", LOTS)
+    device.weights.load(tiny.demand(), LOTS)
     asyncio.run(device.until(lambda: device.events))
     (event,) = device.events
     assert isinstance(event, LoadFailed)
     assert event.lots == LOTS
     assert "no device is known" in event.why
     assert device.loaded == []
-    device.weights.load("gone", LOTS)
+    device.weights.load(replace(tiny.demand(), name="gone"), LOTS)
     assert isinstance(device.events[-1], LoadFailed)
 
 
 def test_orders_of_an_engine_that_has_gone_are_forgotten(tmp_path, tiny_store, tiny) -> None:
     device = Device(tmp_path)
     with_trunk(device, tiny_store, tiny)
-    device.weights.load("tiny", LOTS)
+    device.weights.load(tiny.demand(), LOTS)
     device.weights.forget()
 
     async def main() -> None:
         async with holding(tiny_store) as (holder, _server):
             device.holders = [(tiny.hash, holder.host, holder.port)]
-            device.weights.load("tiny", LOTS[1:])
+            device.weights.load(tiny.demand(), LOTS[1:])
             await device.until(lambda: device.loaded)
 
     asyncio.run(main())
@@ -171,7 +176,7 @@ def test_a_store_beyond_its_budget_lets_copies_go_and_keeps_what_is_needed(
         for ref in tiny.blobs():
             device.store.put(tiny_store.blob_path(ref).read_bytes())
         device.store.save(tiny)
-    device.open = "tiny"
+    device.open = tiny.demand()
     lots = tiny.demand().lots()
     kept, alone = set(lots[:8]), set(lots[8:12])
     served = {lot: 1 + lot.expert % 2 for lot in lots if lot not in alone}
@@ -202,10 +207,10 @@ def test_room_for_what_was_won_is_made_of_copies_or_the_load_fails(
         async with holding(tiny_store) as (holder, _server):
             device.holders = [(tiny.hash, holder.host, holder.port)]
             for order in (first, second):
-                device.weights.load("tiny", order)
+                device.weights.load(tiny.demand(), order)
                 await device.until(lambda order=order: order in device.loaded)
             device.swarm = Wanted(frozenset(second), {})
-            device.weights.load("tiny", first)
+            device.weights.load(tiny.demand(), first)
             await device.until(lambda: device.events)
 
     asyncio.run(main())

@@ -24,6 +24,7 @@ from coeld.messages import (
     decode,
     encode,
 )
+from coeld.releases import Phase, Progress, Release, Versions
 
 A, B = NodeId("a" * 16), NodeId("b" * 16)
 RECORD = Record(
@@ -49,6 +50,9 @@ RECORD = Record(
     fingerprint="0123456789abcdef",
     blob_host="192.168.1.7",
     blob_port=9001,
+    versions=Versions(
+        "smollm2", 3, Phase.DRAINING, Release(4, ModelHash("7a" * 32)), Progress.READY
+    ),
     asked=Asked(Rates(64, 2048, 4096), (b"", bytes([4, 7, 0, 3, 5]), bytes([0, 1, 2, 3, 4]))),
 )
 DELTA = Delta("home", A, 3, (RECORD, Record(B, 1, 1)))
@@ -135,6 +139,18 @@ BAD = {
     "run of zero": change(["records", 0, "serving"], [[0, 1, 0]]),
     "run beyond the last expert": change(["records", 0, "serving"], [[0, 4000, 4000]]),
     "more lots than allowed": change(["records", 0, "serving"], [[0, 0, 4096], [1, 0, 1]]),
+    "versions not a list": change(["records", 0, "versions"], {}),
+    "versions too short": change(["records", 0, "versions"], ["smollm2", 1]),
+    "versions too long": change(
+        ["records", 0, "versions"], ["smollm2", 1, 0, [2, "5e" * 32, 0], 1]
+    ),
+    "model name with a slash": change(["records", 0, "versions", 0], "../smollm2"),
+    "version negative": change(["records", 0, "versions", 1], -1),
+    "version huge": change(["records", 0, "versions", 1], 2**31),
+    "unknown phase": change(["records", 0, "versions", 2], 3),
+    "next version not a triple": change(["records", 0, "versions", 3], [4, "7a" * 32]),
+    "next version not a hash": change(["records", 0, "versions", 3, 1], "newest"),
+    "unknown progress": change(["records", 0, "versions", 3, 2], 3),
     "layer too large": change(["records", 0, "serving"], [[1024, 0, 1]]),
     "lots overlapping": change(["records", 0, "serving"], [[0, 0, 2], [0, 1, 1]]),
     "copy too large": change(["records", 0, "claims"], [[0, 0, 1, 8, 1]]),

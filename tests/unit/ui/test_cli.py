@@ -12,7 +12,14 @@ from rich.console import Console
 
 from coeld.ui.cli import COMMANDS, HELP, main
 from coeld.ui.doctor_command import machine
-from coeld.ui.status_command import asked, devices, headline, layers_owned, this_device
+from coeld.ui.status_command import (
+    asked,
+    devices,
+    headline,
+    layers_owned,
+    rollout,
+    this_device,
+)
 
 HEAVY = ("numpy", "onnxruntime", "onnx", "gguf", "tokenizers", "jinja2", "rich", "zeroconf")
 
@@ -106,7 +113,8 @@ def swarm_status(devices: int) -> dict[str, Any]:
 
 def test_the_headline_says_how_many_experts_are_narrow() -> None:
     routes = {"covered": 240, "total": 240, "epoch": 9, "missing_bytes": 0, "narrow": 0}
-    status = {"node": {"model": {"name": "m"}, "routes": routes}, "engine": {"trouble": ""}}
+    node = {"model": {"name": "m"}, "routes": routes, "members": []}
+    status = {"node": node, "engine": {"trouble": ""}}
     assert headline(status) == "m: 240 of 240 experts are served, epoch 9"
     routes["narrow"] = 24
     assert "24 of them are held in fewer bits than stored" in headline(status)
@@ -138,6 +146,34 @@ def test_only_those_are_named_who_are_asked() -> None:
     assert asked(status) == (
         "raspberry-1 is asked, per minute, about 1.1 requests with 137 tokens, and answers 1,092"
     )
+
+
+def test_who_has_which_version_is_shown_while_they_differ() -> None:
+    def versions(number: int, requests: str = "serving", following: int | None = None) -> dict:
+        progress = "ready" if following else None
+        return {
+            "model": "m", "open": number, "requests": requests, "next": following,
+            "progress": progress,
+        }  # fmt: skip
+
+    members = [
+        {"name": "one", "node": "1", "versions": versions(2)},
+        {"name": "two", "node": "2", "versions": versions(1, "draining", 2)},
+        {"name": "other", "node": "3", "versions": versions(7) | {"model": "n"}},
+        {"name": "gone", "node": "4", "versions": None},
+    ]
+    status: dict[str, Any] = {
+        "node": {"model": {"name": "m"}, "members": members},
+        "weights": {"next": {"trouble": "the disk is full"}},
+    }
+    assert rollout(status).splitlines()[1:] == [
+        "a new version is being rolled out:",
+        "  one: version 2",
+        "  two: version 1, ends its answers; version 2 is on disk",
+        "the disk is full",
+    ]
+    members[1]["versions"] = versions(2)
+    assert rollout(status) == ""
 
 
 def test_devices_with_one_name_are_told_apart_by_their_keys() -> None:
