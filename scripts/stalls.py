@@ -102,9 +102,9 @@ def run(store: Store, manifest: Manifest, threads: int) -> None:
         ports = [engine.hear("ready")["data_port"] for engine in (here, there)]
         for engine, held in ((here, lots), (there, third)):
             engine.sock.settimeout(PATIENCE_S)
-            engine.say("open", model=manifest.name)
+            engine.say("open", model=manifest.name, hash=manifest.hash)
             engine.hear("opened")
-            engine.say("load", lots=held)
+            engine.say("load", lots=held, narrow=False)
             engine.hear("loaded")
         layers = manifest.shape.layers
 
@@ -145,7 +145,7 @@ def run(store: Store, manifest: Manifest, threads: int) -> None:
         print(watched.row("a third of the lots dropped", began_s), flush=True)
         phase("these at the peer, nothing else", None)
         done = watched.loaded
-        here.say("load", lots=third)
+        here.say("load", lots=third, narrow=False)
         began_s = time.monotonic()
         while watched.loaded == done:
             watched.hear()

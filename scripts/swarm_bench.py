@@ -125,7 +125,7 @@ def engines(lab: Lab, store: Store, manifest: Manifest, mode: str) -> Iterator[E
         for node, engine in made.items():
             engine.say("open", model=manifest.name, hash=manifest.hash)
             engine.hear("opened")
-            engine.say("load", lots=shares[node])
+            engine.say("load", lots=shares[node], narrow=False)
             engine.hear("loaded")
             engine.say("routes", table=table.to_json())
         fused = mode == "spans" or len(names) == 1

@@ -27,11 +27,12 @@ from typing import Any, Final, Protocol
 from coeld.compression.prediction import Past
 from coeld.compression.transfer import encode_for, received
 from coeld.datapath import frames
-from coeld.datapath.frames import COMPUTED, HEADER, Header, Kind, SpanCall
+from coeld.datapath.frames import COMPUTED, Header, Kind, SpanCall
 from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
-from coeld.net.exchange import OPTIONS, Rows, link_of, peer_errors
+from coeld.net.connection import Connection
+from coeld.net.exchange import Rows, link_of
 from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
 from coeld.net.reach import Reach
 from coeld.net.tunnels import carry, connect, hand_on
@@ -40,8 +41,6 @@ CONNECTIONS_MAX: Final = 128
 """Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
-RECEIVE_BYTES: Final = 1 << 14
-"""At first: a row of a large model and its gate weights."""
 RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
 """(layer, experts, x, gates) -> y"""
 Addresses = Callable[[], Mapping[NodeId, tuple[str, int]]]
@@ -66,91 +65,6 @@ class Introduction:
 
     def to_json(self) -> dict[str, Any]:
         return {"swarm": self.swarm, "model": self.model, "node": self.node}
-
-
-class Connection:
-    """A socket that carries whole frames. Not thread-safe.
-
-    A frame that has arrived whole costs one system call, and so does one that the socket takes
-    whole; only what is left over is waited for with a deadline.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        for level, option, value in OPTIONS:
-            sock.setsockopt(level, option, value)
-        sock.settimeout(None)
-        self.sock = sock
-        self.past: Past | None = None
-        """What the last call of experts left on both ends."""
-        self._in = bytearray(RECEIVE_BYTES)
-        self._have = 0
-        self._taken = 0
-        """Bytes of `_in` that are the frame given out last."""
-
-    def send(self, pieces: list[bytes | memoryview], within_s: float) -> None:
-        """Write all pieces with as few system calls as possible. Raises PeerGone, PeerSlow."""
-        with peer_errors():
-            try:
-                sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                sent = 0
-            if sent == sum(map(len, pieces)):
-                return
-            self.sock.settimeout(within_s)
-            for piece in pieces:
-                if sent < len(piece):
-                    self.sock.sendall(memoryview(piece)[sent:])
-                    sent = 0
-                else:
-                    sent -= len(piece)
-            self.sock.settimeout(None)
-
-    def receive(self, idle_s: float | None, frame_s: float) -> tuple[Header, memoryview]:
-        """The next frame: wait `idle_s` for its first byte (None: for ever), then `frame_s`.
-
-        The payload is a view that the next call overwrites. Raises PeerGone, PeerSlow, FrameError.
-        """
-        rest = self._in[self._taken : self._have]
-        self._in[: len(rest)] = rest
-        self._have, self._taken = len(rest), 0
-        with peer_errors():
-            if not self._have:
-                self._more(idle_s)
-            deadline_s = time.monotonic() + frame_s
-            self._until(HEADER.size, deadline_s)
-            header = frames.parse_header(memoryview(self._in)[: HEADER.size])
-            size = HEADER.size + header.payload_bytes
-            if len(self._in) < size:  # the old buffer may still be looked at: it cannot grow
-                wider = bytearray(size)
-                wider[: self._have] = memoryview(self._in)[: self._have]
-                self._in = wider
-            self._until(size, deadline_s)
-            self._taken = size
-            return header, memoryview(self._in)[HEADER.size : size]
-
-    @property
-    def unread(self) -> bytes:
-        """What has arrived behind the frame given out last."""
-        return bytes(self._in[self._taken : self._have])
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
-        self.sock.close()
-
-    def _until(self, size: int, deadline_s: float) -> None:
-        while self._have < size:
-            self._more(max(deadline_s - time.monotonic(), 0.001))
-
-    def _more(self, within_s: float | None) -> None:
-        if within_s is not None:
-            self.sock.settimeout(within_s)
-        got = self.sock.recv_into(memoryview(self._in)[self._have :])
-        if within_s is not None:
-            self.sock.settimeout(None)
-        if not got:
-            raise EOFError
-        self._have += got
 
 
 class PeerServer:

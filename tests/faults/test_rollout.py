@@ -76,7 +76,7 @@ def expected(store: Store) -> list[str]:
     for manifest in store.versions("tiny"):
         engine.say("open", model="tiny", hash=manifest.hash)
         engine.hear("opened")
-        engine.say("load", lots=manifest.demand().lots())
+        engine.say("load", lots=manifest.demand().lots(), narrow=False)
         engine.hear("loaded")
         texts.append(engine.answer("one", prompt=PROMPT, max_tokens=TOKENS)[0])
     engine.close()

@@ -17,7 +17,8 @@ from coeld.datapath.frames import Kind, SpanCall
 from coeld.errors import PeerError, PeerGone
 from coeld.ids import NodeId
 from coeld.net import reach
-from coeld.net.peers import Connection, PeerPool, PeerServer
+from coeld.net.connection import Connection
+from coeld.net.peers import PeerPool, PeerServer
 from tests.harness.peer_ends import CALLER, HIDDEN, SERVER, X, introduction, run
 
 BETWEEN = NodeId("b" * 16)
