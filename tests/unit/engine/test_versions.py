@@ -142,7 +142,9 @@ def test_the_old_model_is_out_of_memory_before_the_new_one_is_made(
     for number, manifest in enumerate((first, second, first), 1):
         engine._obey({"op": "open", "model": "tiny", "hash": manifest.hash})
         link.wait("opened", number)
-        engine._obey({"op": "load", "lots": [list(lot) for lot in manifest.demand().lots()], "narrow": False})
+        engine._obey(
+            {"op": "load", "lots": [list(lot) for lot in manifest.demand().lots()], "narrow": False}
+        )
         link.wait("loaded", number)
         engine._obey({"op": "generate", "id": str(number), **order})
         link.wait("token", len([said for said in link.said if said[0] == "token"]) + 1)
