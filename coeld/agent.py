@@ -297,6 +297,7 @@ class Agent:
                 "restarts": self._engine.restarts,
                 "context_tokens": self._engine.context_tokens,
                 "kernels": self._engine.kernels.table() if self._engine.kernels else {},
+                "links": [link._asdict() for link in self._engine.links],
                 "stats": await self._engine.stats(),
             },
             "sensors": self._sensors.status(),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from coeld.ids import Lot, NodeId
+from coeld.measured import MeasuredLink
 from coeld.messages import Message
 from coeld.releases import Progress
 from coeld.view import ModelDemand, Resources
@@ -51,6 +52,13 @@ class CallFailed:
 @dataclass(frozen=True, slots=True)
 class ResourcesSampled:
     resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
+class LinksMeasured:
+    """What the links to the devices that this engine calls or probes are like now."""
+
+    links: tuple[MeasuredLink, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,7 @@ Event = (
     | BrokersReached
     | CallFailed
     | ResourcesSampled
+    | LinksMeasured
     | EngineStarted
     | EngineStopped
     | LotsLoaded

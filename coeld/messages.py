@@ -23,6 +23,7 @@ from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
 from coeld.lot_sets import integer as _int
+from coeld.measured import LINKS_MAX, MeasuredLink, links_from_json
 from coeld.releases import NO_VERSIONS, Versions, versions_from_json
 from coeld.routes import LAYERS_MAX
 
@@ -112,6 +113,8 @@ class Record:
     ascending."""
     versions: Versions = NO_VERSIONS
     """Which version of the model it has open, and how far it is from the next."""
+    links: tuple[MeasuredLink, ...] = ()
+    """To other devices, as it measured them, in steps; ascending. Others are as is assumed."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -302,6 +305,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         value["wide"] = 1
     if record.versions != NO_VERSIONS:
         value["versions"] = record.versions.to_json()
+    if record.links:
+        value["links"] = record.links
     if record.blob_port:
         value["blobs"] = [record.blob_host, record.blob_port]
     if record.model is not None:
@@ -350,6 +355,7 @@ def _record(value: Any) -> Record:
         sparing=bool(_int(value.get("sparing", 0), "sparing", 1)),
         asked=asked_from_json(value["asked"]) if "asked" in value else NOTHING,
         versions=_versions(value["versions"]) if "versions" in value else NO_VERSIONS,
+        links=links_from_json(_list(value, "links", LINKS_MAX), _node) if "links" in value else (),
         model=model,
         data_host=data[0],
         data_port=data[1],

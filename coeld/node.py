@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
+from coeld.deployment.cost import LAN
 from coeld.deployment.placement import serving, unclaimed
 from coeld.deployment.pricing import bids, capacity
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
@@ -28,6 +29,7 @@ from coeld.events import (
     EngineStarted,
     EngineStopped,
     Event,
+    LinksMeasured,
     LoadFailed,
     LotsDropped,
     LotsLoaded,
@@ -45,6 +47,7 @@ from coeld.node_market import Market
 from coeld.node_status import counters, describe
 from coeld.perception.asking import Asking
 from coeld.perception.gossip import holders, releases
+from coeld.perception.link_news import LinkNews
 from coeld.perception.perceive import Perception
 from coeld.perception.resources import Told
 from coeld.releases import Release
@@ -70,6 +73,7 @@ class Node:
         self.market = Market(self.perception, config)
         self.told = Told()
         self.asking = Asking()
+        self.links = LinkNews(*LAN)
         self.migration = Migration(config.load_batch_bytes)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
@@ -160,9 +164,8 @@ class Node:
     def wanted_on_disk(self) -> Wanted:
         """Which lots this device's disk is needed for, and on how many other disks they are."""
         ours = [*self.migration.serving, *self.migration.loading]
-        return wanted(
-            ours, self.market.records(), self.perception.suspects(), self.config.blob_host
-        )
+        records, suspects = self.market.records(), self.perception.suspects()
+        return wanted(ours, records, suspects, self.config.blob_host)
 
     def status(self) -> dict[str, Any]:
         """A plain JSON value: devices, model, routes, owners, counters of what was ignored."""
@@ -204,7 +207,10 @@ class Node:
                 self.perception.membership.suspect(node, now)
             case ResourcesSampled(resources):
                 if self.told.sample(resources, now):
-                    self._tell_resources()
+                    self._tell(**self.told.facts())
+            case LinksMeasured(links):
+                if self.links.measured(links, [r.origin for r in self.perception.present()]):
+                    self._tell(links=self.links.told)
             case EngineStarted():
                 self._engine_started(event, now)
             case EngineStopped():
@@ -449,10 +455,11 @@ class Node:
         )
         self._touch()
 
-    def _tell_resources(self) -> None:
+    def _tell(self, **facts: Any) -> None:
+        """Something measured of this device matters now."""
         self._bid_wanted = True
         self._touch()
-        self.perception.tell(urgent=False, **self.told.facts())
+        self.perception.tell(urgent=False, **facts)
 
     def _tell_asked(self, now: float) -> None:
         asked = self.asking.news(not self._whole, now)

@@ -180,9 +180,9 @@ def read(data: bytes) -> str:
             if not (0 <= asked.first < asked.stop and 0 < asked.keep <= header.rows):
                 raise Broken(f"a span that cannot be: {asked}")
             check(rows, (header.rows, header.hidden))
-        case Kind.FREE:
+        case Kind.FREE | Kind.PING:
             if payload:
-                raise Broken("a FREE with a payload")
+                raise Broken(f"a {header.kind.name} with a payload")
         case Kind.HELLO:
             if not isinstance(frames.unpack_text(payload), dict):
                 raise Broken("a text that is no object")

@@ -26,6 +26,7 @@ VOCABULARY = (
     "messages",
     "lot_sets",
     "asked",
+    "measured",
     "releases",
 )
 CORE = (*VOCABULARY, "node", "node_config", "node_market", "node_status")

@@ -3,7 +3,7 @@
     offset  size  field
     0       4     magic "CoEL"
     4       1     version (5)
-    5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4, SPAN 5, FREE 6
+    5       1     kind: HELLO 1, EXPERTS 2, RESULT 3, ERROR 4, SPAN 5, FREE 6, PING 7
     6       1     codec of the rows (coeld.compression.wire): 0 none, 1 float32, …
     7       1     flags: 1 gate weights are there, 2 the next call may refer to these rows
     8       4     call id: a RESULT or ERROR repeats that of its request
@@ -25,7 +25,8 @@ SPAN asks for whole layers, attention and KV cache included: three uint32 (the c
 the request; its position: tokens that the cache there holds; how many of the last rows to answer
 with), then the rows of the residual stream, the experts of the layer before included. Position 0
 begins a new cache. RESULT carries the residual stream after the last of the layers. FREE names a
-request in the place of the call id, lets its caches go, carries nothing and is not answered.
+request in the place of the call id, lets its caches go, carries nothing and is not answered. PING
+carries nothing and is answered by itself: a round trip that is measured.
 """
 
 import json
@@ -70,6 +71,7 @@ class Kind(IntEnum):
     ERROR = 4
     SPAN = 5
     FREE = 6
+    PING = 7
 
 
 BEFORE_ROWS: Final = {Kind.SPAN: SPAN_HEAD.size, Kind.RESULT: COMPUTED.size}
@@ -144,7 +146,7 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
         fits = fits and counts and (experts > 0) == (header.kind is not Kind.RESULT)
         fits = fits and (header.kind is not Kind.SPAN or layer + experts <= LAYERS_MAX)
-    elif header.kind is Kind.FREE:
+    elif header.kind in (Kind.FREE, Kind.PING):
         least = most = 0
         fits = dtype == layer == experts == rows == hidden == error == 0
     else:
@@ -229,6 +231,11 @@ def pack_span(
 def pack_free(number: int) -> list[bytes | memoryview]:
     """A FREE frame for the caller's request `number`."""
     return [HEADER.pack(MAGIC, VERSION, Kind.FREE, 0, 0, number, 0, 0, 0, 0, 0, 0.0)]
+
+
+def pack_ping(call_id: int) -> list[bytes | memoryview]:
+    """A PING frame, which its receiver sends back."""
+    return [HEADER.pack(MAGIC, VERSION, Kind.PING, 0, 0, call_id, 0, 0, 0, 0, 0, 0.0)]
 
 
 def pack_text(kind: Kind, call_id: int, value: dict[str, Any]) -> list[bytes | memoryview]:

@@ -7,15 +7,16 @@ so does a device that is far slower than those that suffice. Of the others, thos
 much count as askers: where lots should be depends on who asks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from coeld.deployment.cost import LAN, Device, Tier
+from coeld.deployment.cost import LAN, Device, Link, Tier
 from coeld.deployment.popularity import observed, weight
 from coeld.deployment.pricing import capacity
 from coeld.deployment.proposal import Facts, tie
 from coeld.deployment.widths import must_narrow
+from coeld.measured import MeasuredLink
 from coeld.messages import Record
 from coeld.view import ModelDemand
 
@@ -52,8 +53,35 @@ def facts_among(demand: ModelDemand, records: Iterable[Record], spans: bool = Tr
         _device(record, room if narrow else _lots_bytes(record, demand))
         for record, room in zip(some, rooms, strict=True)
     )
-    links = tuple((LAN,) * len(devices) for _ in devices)
-    return Facts(demand, devices, links, spans=spans, narrow=narrow)
+    return Facts(demand, devices, links_among(some), spans=spans, narrow=narrow)
+
+
+def links_among(records: Sequence[Record]) -> tuple[tuple[Link, ...], ...]:
+    """From each device (row) to each other; LAN where nobody told of the link."""
+    index = {record.origin: i for i, record in enumerate(records)}
+    told = {
+        (i, index[link.node]): link
+        for i, record in enumerate(records)
+        for link in record.links
+        if link.node in index
+    }
+    rows = [[LAN] * len(records)] * len(records)
+    if told:
+        rows = [list(row) for row in rows]
+    for i, j in told:
+        for a, b in ((i, j), (j, i)):
+            rows[a][b] = both_ways(told.get((a, b)), told.get((b, a))) or LAN
+    return tuple(map(tuple, rows))
+
+
+def both_ways(out: MeasuredLink | None, back: MeasuredLink | None) -> Link | None:
+    """The link of a device that measured `out`, to one that measured `back`. The round trip is the
+    asker's own if it knows one; bandwidth is the mean of both directions. None: nobody knows."""
+    one, other = out or back, back or out
+    if one is None or other is None:
+        return None
+    rate = 2 * one.mb_per_s * other.mb_per_s // (one.mb_per_s + other.mb_per_s)
+    return Link(one.rtt_us, rate)
 
 
 def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:

@@ -28,6 +28,7 @@ from coeld.engine.protocol import EngineOptions, error_to_json
 from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threads
 from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
+from coeld.engine.watch import Watch, Watched
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.narrow import NARROW_BITS, narrow_experts
@@ -69,6 +70,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._decoder_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._loader_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._watch = Watch(self._watched, link.say)
 
     def run(self) -> None:
         """Serve the agent until it goes away or says quit."""
@@ -76,7 +78,11 @@ class Engine:
         sweep_stale_files()
         threads = [
             threading.Thread(target=_fatal(loop), name=name, daemon=True)
-            for name, loop in (("decoder", self._decode), ("loader", self._load))
+            for name, loop in (
+                ("decoder", self._decode),
+                ("loader", self._load),
+                ("watch", self._watch.run),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -92,6 +98,7 @@ class Engine:
             self._obey(message)
         self._decoder_jobs.put(None)
         self._loader_jobs.put(None)
+        self._watch.stop()
         self._server.close()
         for thread in threads:
             thread.join(0.5)
@@ -261,6 +268,12 @@ class Engine:
         if table is not None and table.missing_bytes:
             raise not_covered(table.missing_bytes)
         return self._model
+
+    def _watched(self) -> Watched | None:
+        model, pool = self._model, self._pool
+        if model is None or pool is None:
+            return None
+        return Watched(model.me, model.board, pool)
 
     def _call_failed(self, node: NodeId, error: PeerError) -> None:
         self._link.say("call_failed", node=node, why=str(error))

@@ -34,6 +34,7 @@ from coeld.events import (
     EngineStarted,
     EngineStopped,
     Event,
+    LinksMeasured,
     LoadFailed,
     LotsDropped,
     LotsLoaded,
@@ -41,6 +42,7 @@ from coeld.events import (
 )
 from coeld.host.engine_process import EngineProcess
 from coeld.ids import Lot, ModelHash, NodeId
+from coeld.measured import MeasuredLink
 from coeld.model.narrow import demand_of
 from coeld.model.store import Store
 from coeld.routes import RouteTable
@@ -137,6 +139,8 @@ class EngineLink:
         self._passing = True
         """Whether the trouble ends without anybody doing anything."""
         self.restarts = 0
+        self.links: tuple[MeasuredLink, ...] = ()
+        """As the engine last found them."""
 
     @property
     def speeds(self) -> tuple[int, int, int]:
@@ -288,6 +292,7 @@ class EngineLink:
         self._answers.clear()
         self._tell_drained()
         was_started, self._address = self._address, None
+        self.links = ()
         self.model, self._try_open_at = None, 0.0
         self._explain("the engine died and is being restarted", passing=True)
         if was_started:
@@ -341,6 +346,9 @@ class EngineLink:
                 self._emit(CallFailed(NodeId(str(event["node"]))))
             case "use":
                 self._emit(_used(event))
+            case "measured":
+                self.links = _links(event)
+                self._emit(LinksMeasured(self.links))
             case "opened":
                 self._opened(event)
             case "failed":
@@ -435,6 +443,13 @@ class EngineLink:
         self.model, self.trouble = demand, ""
         self.context_tokens = int(event["context_tokens"])
         self._emit(EngineStarted(demand, *self._address))
+
+
+def _links(event: dict[str, Any]) -> tuple[MeasuredLink, ...]:
+    return tuple(
+        MeasuredLink(NodeId(str(node)), int(rtt_us), int(p99_us), int(mb_per_s))
+        for node, rtt_us, p99_us, mb_per_s in event["links"]
+    )
 
 
 def _lots(event: dict[str, Any]) -> tuple[Lot, ...]:

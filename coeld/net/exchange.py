@@ -27,6 +27,8 @@ from coeld.ids import NodeId
 PIECES_MAX: Final = 64
 """Handed to one sendmsg: below the kernel's limit."""
 TCP_INFO_BYTES: Final = 192
+UNWATCHED_S: Final = 0.0001
+"""Between two looks at a connection; longer, and its caller has done something else meanwhile."""
 OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -82,6 +84,8 @@ class Exchange:
     """When it was last seen without a complete answer."""
     past: Past | None = None
     """What the last call left on both ends."""
+    watched_s: float = 0.0
+    """Since when its caller has done nothing but wait for it, or for others as well."""
     _greeted: bool = False
     _out: deque[memoryview] = field(default_factory=deque)
     _in: bytearray = field(default_factory=lambda: bytearray(1 << 14))
@@ -130,7 +134,8 @@ class Exchange:
         """Queue a call. `pieces` must not change before they are sent. Raises PeerError."""
         assert self.call is None
         self._out.extend(map(memoryview, pieces))
-        self.call, self.silent_s, self.past = call, call.started_s, None
+        self.call, self.past = call, None
+        self.silent_s = self.watched_s = call.started_s
         with peer_errors():
             self._send()
 
@@ -140,6 +145,11 @@ class Exchange:
             if self._out:
                 self._send()
             self._receive()
+
+    def watch(self, now_s: float) -> None:
+        """The caller begins to wait, or goes on."""
+        if now_s - self.silent_s > UNWATCHED_S:
+            self.watched_s = now_s
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

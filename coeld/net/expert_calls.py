@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from coeld.compression.transfer import LinkSpeed, encode_for, leaves_past, received
 from coeld.datapath import frames
+from coeld.datapath.links import LinkMeter
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import PeerError, PeerSlow
@@ -77,6 +78,7 @@ class ExpertCalls:
         self.links: dict[NodeId, LinkSpeed] = {}
         """As far as known."""
         self.stats: dict[NodeId, PeerStats] = {}
+        self.meter = LinkMeter()
 
     def call(
         self,
@@ -151,6 +153,7 @@ class ExpertCalls:
             self._break(call.exchange, PeerSlow("the rows were not taken"))
             return
         with self._lock:
+            call.exchange.watched_s = float("inf")
             self.paces.owes(call.node, call.started_s)
             self._owing.append(call.exchange)
 
@@ -203,8 +206,9 @@ class ExpertCalls:
 
     def _wait(self, exchanges: Sequence[Exchange], until_s: float) -> None:
         """Wait for any of these, one call each; end what is overdue."""
-        poller, by_fd = select.poll(), {}
+        poller, by_fd, now_s = select.poll(), {}, time.monotonic()
         for exchange in exchanges:
+            exchange.watch(now_s)
             poller.register(exchange.sock, 5 if exchange.sending else 1)  # POLLIN 1, POLLOUT 4
             by_fd[exchange.sock.fileno()] = exchange
             assert exchange.call is not None
@@ -250,10 +254,10 @@ class ExpertCalls:
         """Count an answer. What nobody looked for meanwhile may have lain there long."""
         now_s = time.monotonic()
         took_s = min(now_s, call.exchange.silent_s + LOOK_S) - call.started_s
-        if call.traffic.sent_bytes >= LINK_BYTES and (link := link_of(call.exchange.sock)):
-            self.links[call.node] = link
-        if call.first and call.exchange.via is None:
-            self._reach.works(call.node)
+        if call.exchange.via is None:
+            self._measure(call, now_s)
+            if call.first:
+                self._reach.works(call.node)
         with self._lock:
             stats = self.stats_of(call.node)
             if isinstance(call.outcome, PeerError):
@@ -268,6 +272,20 @@ class ExpertCalls:
                 free.append(call.exchange)
                 return
         call.exchange.close()
+
+    def _measure(self, call: ExpertCall, now_s: float) -> None:
+        """What an answer tells of the link. How long it took is known if somebody waited for it
+        before it can have come."""
+        if call.traffic.sent_bytes >= LINK_BYTES:
+            if link := link_of(call.exchange.sock):
+                self.links[call.node] = link
+                self.meter.delivered(call.node, link.bytes_per_s)
+            return
+        computed_s, took_s = call.computed_us * 1e-6, now_s - call.started_s
+        watched = call.exchange.watched_s - call.started_s <= computed_s
+        if watched and not call.first and not isinstance(call.outcome, PeerError):
+            payload_bytes = call.traffic.sent_bytes + call.traffic.received_bytes
+            self.meter.answered(call.node, took_s - computed_s, payload_bytes, now_s)
 
     def _end_if_overdue(self, exchange: Exchange, now_s: float) -> None:
         call = exchange.call

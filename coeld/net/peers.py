@@ -6,10 +6,10 @@ path there is: the decoder's own thread writes the rows and reads the answer, th
 that was blocked in `recv` runs what is asked for and writes back: one wake-up on each side a call.
 
 A connection starts with HELLO both ways (swarm, model, node); then the caller sends EXPERTS or SPAN
-and gets RESULT or ERROR, in order; FREE is not answered. Experts are called without blocking on any
-single peer (`expert_calls.py`), over any free connection; a span's caller waits for the one peer on
-its way, over one connection kept for spans. The caches that spans left behind belong to it: they go
-when it closes, and keepalive closes it when the caller's machine is gone.
+and gets RESULT or ERROR, in order; FREE is not answered, PING by itself. Experts are called without
+blocking on any single peer (`expert_calls.py`), over any free connection; a span's caller waits for
+the one peer on its way, over one connection kept for spans. The caches that spans left behind
+belong to it: they go when it closes, and keepalive closes it when the caller's machine is gone.
 
 A HELLO that names another device as the one it is meant for is handed on to it (`tunnels.py`),
 once: the caller cannot reach that one by itself (`reach.py`).
@@ -33,7 +33,7 @@ from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.connection import Connection
 from coeld.net.exchange import Rows, link_of
-from coeld.net.expert_calls import ROW_LAYER_S, ExpertCalls, PeerStats
+from coeld.net.expert_calls import LINK_BYTES, ROW_LAYER_S, ExpertCalls, PeerStats
 from coeld.net.reach import Reach
 from coeld.net.tunnels import carry, connect, hand_on
 
@@ -41,6 +41,8 @@ CONNECTIONS_MAX: Final = 128
 """Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
+PINGS: Final = 4
+"""Frames of a probe."""
 RunExperts = Callable[[int, Sequence[int], Rows, Rows | None], Rows]
 """(layer, experts, x, gates) -> y"""
 Addresses = Callable[[], Mapping[NodeId, tuple[str, int]]]
@@ -220,6 +222,8 @@ class PeerServer:
             if host is not None:
                 host.free(header.call_id)
             return []
+        if header.kind is Kind.PING:
+            return frames.pack_ping(header.call_id)
         try:
             if header.hidden != self._hidden:
                 raise FrameError(f"rows of {header.hidden}, not of {self._hidden}")
@@ -255,6 +259,8 @@ class SpanReply:
     started_s: float
     deadline_s: float
     traffic: Traffic
+    straight: bool
+    """No other device stands between: what it takes tells of the link."""
     computed_us: int = 0
     """Of its time, what the peer computed."""
 
@@ -277,11 +283,22 @@ class SpanReply:
         except PeerError:
             self.pool.forget(self.node, self.connection)
             raise
-        stats = self.pool.stats_of(self.node)
+        now_s, stats = time.monotonic(), self.pool.stats_of(self.node)
         stats.calls += 1
-        stats.rtt_us.append(int((time.monotonic() - self.started_s) * 1e6))
+        stats.rtt_us.append(int((now_s - self.started_s) * 1e6))
         self.traffic = self.traffic.back(header.payload_bytes - COMPUTED.size, header.error)
+        if self.straight:
+            self._measure(now_s)
         return rows.copy()  # the buffer is the connection's
+
+    def _measure(self, now_s: float) -> None:
+        """What the answer tells of the link."""
+        link_s, sent = now_s - self.started_s - self.computed_us * 1e-6, self.traffic.sent_bytes
+        if sent < LINK_BYTES:
+            payload_bytes = sent + self.traffic.received_bytes
+            self.pool.meter.answered(self.node, link_s, payload_bytes, now_s)
+        elif link := link_of(self.connection.sock):
+            self.pool.meter.delivered(self.node, link.bytes_per_s)
 
 
 @dataclass(slots=True)
@@ -317,6 +334,7 @@ class PeerPool:
         self.call, self.send, self.ready = calls.call, calls.send, calls.ready
         self.result, self.give_up = calls.result, calls.give_up
         self.paces, self.links, self.stats_of = calls.paces, calls.links, calls.stats_of
+        self.meter = calls.meter
 
     def span(
         self,
@@ -335,9 +353,10 @@ class PeerPool:
         coded = encode_for(link, x, errors[0])
         sent = Traffic.out(x, coded)
         pieces = frames.pack_span(call_id, asked, x, coded, errors[1])
+        began_s, straight = time.monotonic(), line.via is None
         left_s = self._send(node, connection, pieces, len(x) * (asked.stop - asked.first))
-        now, answer = time.monotonic(), (asked.first, (asked.keep, x.shape[1]))
-        return SpanReply(self, node, connection, call_id, answer, now, now + left_s, sent)
+        until_s, answer = time.monotonic() + left_s, (asked.first, (asked.keep, x.shape[1]))
+        return SpanReply(self, node, connection, call_id, answer, began_s, until_s, sent, straight)
 
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop a request's caches; one that cannot be reached has none."""
@@ -346,6 +365,23 @@ class PeerPool:
             line.numbers.discard(number)
             with contextlib.suppress(PeerError):
                 self._send(node, line.connection, frames.pack_free(number), 0)
+
+    def probe(self, node: NodeId, address: tuple[str, int]) -> None:
+        """Measure the round trip over a connection of its own. Any thread. Raises PeerError, which
+        says no more than that there was nothing to measure."""
+        connection = Connection(connect(address))
+        try:
+            self._introduce(connection, node, address, self._introduction.to_json())
+            for number in range(PINGS):
+                started_s = time.monotonic()
+                connection.send(frames.pack_ping(number), self._call_deadline_s)
+                header, _ = connection.receive(self._call_deadline_s, self._call_deadline_s)
+                if header.kind is not Kind.PING or header.call_id != number:
+                    raise FrameError(f"asked for a PING, got {header.kind.name}")
+                now_s = time.monotonic()
+                self.meter.answered(node, now_s - started_s, 0, now_s)
+        finally:
+            connection.close()
 
     def stats(self) -> dict[NodeId, PeerStats]:
         return dict(self._experts.stats)
@@ -412,13 +448,23 @@ class PeerPool:
             raise
         line = self._spans[node] = _Line(address, connection, via)
         try:
-            connection.send(frames.pack_text(Kind.HELLO, 0, hello), self._call_deadline_s)
-            header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
-            if header.kind is Kind.ERROR:
-                raise PeerGone(str(frames.refusal(payload)))
-            if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
-                raise PeerGone(f"another device answers at {where[0]}:{where[1]}")
+            self._introduce(connection, node, where, hello)
         except PeerError:
             self.forget(node, connection)
             raise
         return line
+
+    def _introduce(
+        self,
+        connection: Connection,
+        node: NodeId,
+        where: tuple[str, int],
+        hello: dict[str, Any],
+    ) -> None:
+        """Say who calls, and see that `node` answers. Raises PeerError."""
+        connection.send(frames.pack_text(Kind.HELLO, 0, hello), self._call_deadline_s)
+        header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
+        if header.kind is Kind.ERROR:
+            raise PeerGone(str(frames.refusal(payload)))
+        if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
+            raise PeerGone(f"another device answers at {where[0]}:{where[1]}")

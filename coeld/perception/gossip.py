@@ -17,6 +17,7 @@ from coeld.releases import Progress, Release
 DELTA_BYTES_MAX = 200 * 1024  # estimated; leaves room below MESSAGE_BYTES_MAX
 RECORD_BYTES = 700
 LOT_BYTES = 40  # more than one run of one lot takes
+LINK_BYTES = 48
 
 Version = tuple[int, int]
 NOTHING: Version = (0, 0)
@@ -44,6 +45,7 @@ def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
     for record in records:
         size = RECORD_BYTES + LOT_BYTES * (len(record.claims) + len(record.serving))
         size += sum(map(len, record.asked.popularity)) + len(record.asked.popularity)
+        size += LINK_BYTES * len(record.links)
         if not groups or size > room or len(groups[-1]) >= RECORDS_MAX:
             groups.append([])
             room = DELTA_BYTES_MAX
@@ -64,6 +66,7 @@ def market(record: Record) -> tuple[object, ...]:
         record.sparing,
         record.asked,
         record.stays_wide,
+        record.links,
     )
 
 

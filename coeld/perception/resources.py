@@ -31,6 +31,12 @@ def stepped_speed(mb_per_s: int) -> int:
     return 0 if mb_per_s == 0 else round(SPEED_STEP ** round(math.log(mb_per_s, SPEED_STEP)))
 
 
+def stepped(told: int, fresh: int) -> int:
+    """What to tell of a measure: what was told, unless it is out of the band around that."""
+    ratio = max(1, fresh) / max(1, told)
+    return stepped_speed(fresh) if abs(math.log(ratio, SPEED_STEP)) > SPEED_BAND else told
+
+
 class Squeeze:
     """How much of the budget to use: less while programs wait for memory, back when they do not.
 
@@ -73,7 +79,7 @@ class Told:
         else:
             if not _budget_moved(told.memory_budget_bytes, budget):
                 budget = told.memory_budget_bytes
-            kernel, row = map(_speed, (told.kernel_mb_per_s, told.row_mb_per_s), speeds)
+            kernel, row = map(stepped, (told.kernel_mb_per_s, told.row_mb_per_s), speeds)
             before = (told.memory_budget_bytes, told.kernel_mb_per_s, told.row_mb_per_s)
             busy = abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
             if (budget, kernel, row) == before and not busy and fresh.sparing == told.sparing:
@@ -84,16 +90,10 @@ class Told:
         return True
 
     def facts(self) -> dict[str, Any]:
-        """Of the record: what was told."""
+        """What `resources` mean for this device's record, by its fields."""
         assert self.resources is not None
-        names = ("memory_budget_bytes", "cpu_load_percent", "kernel_mb_per_s", "row_mb_per_s")
+        names = "memory_budget_bytes", "cpu_load_percent", "kernel_mb_per_s", "row_mb_per_s"
         return {name: getattr(self.resources, name) for name in (*names, "sparing")}
-
-
-def _speed(told: int, fresh: int) -> int:
-    """What to tell of a speed: what was told, unless it is out of the band around that."""
-    ratio = max(1, fresh) / max(1, told)
-    return stepped_speed(fresh) if abs(math.log(ratio, SPEED_STEP)) > SPEED_BAND else told
 
 
 def _budget_moved(before: int, budget: int) -> bool:

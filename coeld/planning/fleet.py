@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from coeld.deployment.cost import Link
+from coeld.deployment.supply import both_ways
 from coeld.errors import ConfigError
+from coeld.ids import NodeId
+from coeld.measured import MeasuredLink
 from coeld.planning.toml_file import Table, parse
 
 DEVICES_MAX: Final = 64
@@ -36,6 +39,14 @@ class Machine:
     asks: bool
     measured: bool
     """False: the profile's speed is an estimate."""
+    node: NodeId | None = None
+    """Of a running device."""
+    links: tuple[MeasuredLink, ...] = ()
+    """That it told of; others are as their kind is."""
+
+    @property
+    def link_kind(self) -> str:
+        return "measured" if self.links else self.link
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +145,10 @@ def parse_fleet(text: str, source: str) -> tuple[Machine, ...]:
 
 
 def link_between(a: Machine, b: Machine) -> Link:
-    """Half a round trip at each end; the narrower end's bandwidth."""
+    """As measured; else half a round trip at each end, and the narrower end's bandwidth."""
+    out, back = ({link.node: link for link in machine.links} for machine in (a, b))
+    known = both_ways(out.get(b.node), back.get(a.node)) if a.node and b.node else None
+    if known is not None:
+        return known
     one, two = LINKS[a.link], LINKS[b.link]
     return Link((one.rtt_us + two.rtt_us) // 2, min(one.mb_per_s, two.mb_per_s))

@@ -211,7 +211,7 @@ def limit(found: Forecast) -> str:
     part = max(found.parts, key=lambda part: part.us)
     asker = found.machines[found.asker]
     if part.what == "calls to other devices":
-        kinds = sorted({m.link for m in found.machines})
+        kinds = sorted({m.link_kind for m in found.machines})
         return f"the network ({', '.join(kinds)}): calls to other devices"
     if part.what == "experts":
         return f"memory speed where the experts are: {found.slowest}"
@@ -225,11 +225,15 @@ def changes(
 ) -> list[tuple[str, Forecast]]:
     """What one more device, a wired network, or splitting layers would bring."""
     last = found.machines[-1]
-    more = (*found.machines, replace(last, name=f"another {last.profile}"))
+    another = replace(last, name=f"another {last.profile}", node=None, links=())
+    more = (*found.machines, another)
     tried = [(f"one more {last.profile}", more, split)]
     if any(machine.link == "wifi" for machine in found.machines):
         wired = tuple(replace(machine, link="ethernet") for machine in found.machines)
         tried.append(("cables instead of Wi-Fi", wired, split))
+    if any(machine.links for machine in found.machines):
+        wired = tuple(replace(machine, links=()) for machine in found.machines)
+        tried.append(("gigabit Ethernet instead of the measured links", wired, split))
     if not split and found.whole:
         tried.append(("splitting layers over devices (--split)", found.machines, True))
     return [

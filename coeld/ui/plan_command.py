@@ -1,7 +1,7 @@
 """`coeld plan`: does a model fit these devices, how fast will it answer, what limits it, and why.
 
 Reads sizes only, never weights. With --swarm the devices are those of the running swarm, with the
-memory and speed that they told; links then count as wired unless measured from here.
+memory, speed and links that they told; a link that nobody told of counts as gigabit Ethernet.
 """
 
 import argparse
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from coeld.errors import ConfigError
+from coeld.ids import NodeId
+from coeld.measured import MeasuredLink
 from coeld.model.store import Store, default_store
 from coeld.ui.client import add_socket_options, get_json, socket_of
 from coeld.ui.status_command import layers_owned, table_of
@@ -127,6 +129,8 @@ def swarm_machines(status: dict[str, Any]) -> "tuple[Machine, ...]":
             link="ethernet",
             asks=True,
             measured=True,
+            node=NodeId(member["node"]),
+            links=tuple(MeasuredLink(*link) for link in member.get("links", ())),
         )
         for member in members
     )
@@ -265,7 +269,7 @@ def _devices(plan: "Forecast") -> Any:
             f"{_lots_bytes(plan, index) / 1e9:.1f}",
             what if held else "nothing",
             f"{machine.kernel_mb_per_s / 1000:.1f} GB/s{'' if machine.measured else ' *'}",
-            machine.link,
+            machine.link_kind,
         )
     return table
 

@@ -205,19 +205,34 @@ def _span(first: int, last: int) -> str:
 
 
 def links(status: dict[str, Any]) -> "Table":
-    bus = status["bus"]
-    peers = status["engine"]["stats"].get("peers", {})
+    """Control links, and what is known of the data path to each device: of one that is not measured
+    the market assumes gigabit Ethernet."""
+    bus, engine = status["bus"], status["engine"]
+    peers = engine["stats"].get("peers", {})
+    measured = {link["node"]: link for link in engine.get("links", ())}
     names = {member["node"]: member["name"] for member in status["node"]["members"]}
     title = f"links ({bus['topology']} brokers)"
-    table = table_of(title, "to", "state", "messages", "expert calls", "round trip")
-    for link in bus["links"]:
-        peer = peers.get(link["node"], {})
-        rtt_us = peer.get("rtt_us_p50")
+    table = table_of(
+        title, "to", "state", "messages", "calls", "a call", "RTT p50 p99", "bandwidth"
+    )
+    rows = [
+        (link["node"], f"{link['host']}:{link['port']}", "up" if link["up"] else "down",
+         f"{link['messages']:,}") for link in bus["links"]
+    ]  # fmt: skip
+    listed = {row[0] for row in rows}
+    rows += [(node, "", "", "") for node in sorted(measured) if node not in listed]
+    for node, where, state, messages in rows:
+        peer, link = peers.get(node, {}), measured.get(node)
+        call_us = peer.get("rtt_us_p50")
         table.add_row(
-            f"{names.get(link['node']) or link['node'] or '?'} {link['host']}:{link['port']}",
-            "up" if link["up"] else "down",
-            f"{link['messages']:,}",
+            f"{names.get(node) or node or '?'} {where}".rstrip(),
+            state,
+            messages,
             f"{peer.get('calls', 0):,}",
-            f"{rtt_us / 1000:.2f} ms" if rtt_us else "",
+            f"{call_us / 1000:.2f} ms" if call_us else "",
+            f"{link['rtt_us'] / 1000:.2f} {link['rtt_p99_us'] / 1000:.2f} ms"
+            if link
+            else "assumed",
+            f"{link['mb_per_s']:,} MB/s" if link and link["mb_per_s"] else "assumed",
         )
     return table

@@ -12,8 +12,9 @@ from coeld.deployment.chains import placement_ns
 from coeld.deployment.proposal import shares_of
 from coeld.deployment.supply import facts_of
 from coeld.effects import Effect, LoadLots
-from coeld.events import ResourcesSampled, Used
+from coeld.events import LinksMeasured, ResourcesSampled, Used
 from coeld.ids import Lot, ModelHash, NodeId
+from coeld.measured import MeasuredLink
 from coeld.node import NodeConfig
 from coeld.sim import checkers
 from coeld.sim.device import Device, Spec
@@ -208,3 +209,62 @@ def test_experts_follow_popularity_when_it_drifts_and_not_when_it_is_noise() -> 
     asked = world.device(0).node.perception.me.asked
     assert len(asked.popularity) == ROUTED.layers
     checkers.at_rest(world)
+
+
+def measure_links(world: World, far: Device | None, far_us: int, rng: Random | None = None) -> None:
+    """Every device measures its links, those of `far` as so long, ±10 % with `rng`."""
+    for device in world.up():
+        links = []
+        for other in sorted(world.up(), key=lambda other: other.id):
+            if other is not device:
+                us = far_us if far in (device, other) else 300
+                us = int(us * rng.uniform(0.9, 1.1)) if rng else us
+                links.append(MeasuredLink(other.id, us, 3 * us, 110))
+        world.feed(device, LinksMeasured(tuple(links)))
+
+
+@pytest.mark.parametrize("spans", [True, False])
+def test_whose_link_gets_twenty_times_worse_is_called_no_more_and_is_again_when_it_recovers(
+    spans: bool,
+) -> None:
+    world = swarm(4, [60, 60, 60], NodeConfig(replicas_max=1, spans=spans))
+    world.run(6)
+    far = world.device(1)
+    assert far.serving
+    measure_links(world, far, 6000)
+    before = price_ns(world)
+    world.run(12)
+    checkers.at_rest(world)
+    assert not far.serving, "the other two have room for everything"
+    assert price_ns(world) < before
+    measure_links(world, None, 0)
+    world.run(12)
+    checkers.at_rest(world)
+
+
+def test_who_is_far_and_needed_is_still_called() -> None:
+    world = swarm(4, [40, 40, 40], NodeConfig(replicas_max=1))
+    world.run(6)
+    far = world.device(1)
+    measure_links(world, far, 6000)
+    world.run(12)
+    checkers.at_rest(world)
+    assert 16 <= len(far.serving) < 40, "no more of it than the others have no room for"
+
+
+def test_an_hour_of_noise_on_links_moves_nothing() -> None:
+    calm = NodeConfig(heartbeat_ms=5000, silence_ms=30_000, suspicion_ms=5000)  # noise is the point
+    world = swarm(3, [60] * 4, calm)
+    world.run(20)
+    slow, rng = world.device(2), Random(3)
+    measure_links(world, slow, 2500, rng)
+    world.run(30)
+    assert checkers.covered(world)
+    moved: list[Effect] = []
+    world.watchers.append(
+        lambda _, __, effect: moved.append(effect) if isinstance(effect, LoadLots) else None
+    )
+    for _ in range(360):
+        measure_links(world, slow, 2500, rng)
+        world.run(10)
+    assert moved == []

@@ -143,6 +143,17 @@ def test_spans_survive_the_journey_and_freeing_is_a_header() -> None:
     assert (header.kind, header.call_id) == (Kind.FREE, 1 << 31)
 
 
+def test_a_ping_is_a_header_and_no_more() -> None:
+    frame = joined(frames.pack_ping(7))
+    header, _payload = opened(frame)
+    assert (header.kind, header.call_id, len(frame)) == (Kind.PING, 7, HEADER.size)
+    for at in (6, 7, 12, 16, 24, 28):  # codec, flags, layer, rows, payload, error
+        wrong = bytearray(frame)
+        wrong[at] = 1
+        with pytest.raises(FrameError):
+            frames.parse_header(bytes(wrong))
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"keep": 0}, {"keep": 4}, {"position": frames.POSITION_MAX - 2}],
@@ -240,7 +251,7 @@ def test_ten_thousand_mutated_frames_raise_nothing_but_frame_errors() -> None:
                 frames.unpack_result(header, payload)
             elif header.kind is Kind.SPAN:
                 frames.unpack_span(header, payload)
-            elif header.kind is not Kind.FREE:
+            elif header.kind not in (Kind.FREE, Kind.PING):
                 frames.unpack_text(payload)
             accepted += 1
         except FrameError:

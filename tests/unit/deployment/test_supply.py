@@ -1,9 +1,13 @@
 """What the market makes of what devices say of themselves."""
 
+from dataclasses import replace
+
 from coeld.asked import NOTHING, Asked, Rates
+from coeld.deployment.cost import LAN, Link
 from coeld.deployment.popularity import STRANGER, WEIGHT_MAX
-from coeld.deployment.supply import SPARING, UNNEEDED, facts_of
+from coeld.deployment.supply import SPARING, UNNEEDED, facts_among, facts_of
 from coeld.ids import ModelHash, NodeId
+from coeld.measured import MeasuredLink
 from coeld.messages import Record
 from coeld.view import ModelDemand
 
@@ -61,3 +65,26 @@ def test_a_slow_device_that_is_asked_much_counts_as_asker_without_room() -> None
     assert (first.node, first.weight, first.tiers[0].memory_bytes) == (A, 4, 0)
     assert (second.node, second.weight) == (B, 1)
     assert second.tiers[0].memory_bytes > 0
+
+
+def test_links_are_as_their_ends_measured_them_and_assumed_where_nobody_did() -> None:
+    c = NodeId("c" * 16)
+    a = replace(
+        record(A, 4000), links=(MeasuredLink(B, 2000, 9000, 10), MeasuredLink(c, 50, 60, 400))
+    )
+    b = replace(record(B, 4000), links=(MeasuredLink(A, 4000, 9000, 40),))
+    found = facts_among(DEMAND, [record(c, 4000), b, a]).links
+    assert found[0][1] == Link(2000, 16), "the asker's round trip, both directions' bandwidth"
+    assert found[1][0] == Link(4000, 16)
+    assert found[0][2] == found[2][0] == Link(50, 400), "one end knows it"
+    assert found[1][2] == found[2][1] == LAN
+    gone = facts_of(DEMAND, [a, record(c, 4000)]).links
+    assert gone[0][1] == Link(50, 400)
+
+
+def test_prices_follow_the_links() -> None:
+    near = facts_of(DEMAND, [record(A, 4000), record(B, 4000)]).model()
+    a = replace(record(A, 4000), links=(MeasuredLink(B, 6000, 9000, 5),))
+    far = facts_of(DEMAND, [a, record(B, 4000)]).model()
+    assert far.reached(0, 1) - near.reached(0, 1) == (6000 - 300) * 1000
+    assert far.reached(1, 0) == far.reached(0, 1)

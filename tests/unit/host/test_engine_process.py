@@ -9,8 +9,10 @@ import pytest
 
 from coeld.engine.protocol import EngineOptions
 from coeld.errors import FrameError, StartError
+from coeld.events import LinksMeasured
 from coeld.host.engine_process import NICENESS, EngineProcess
 from coeld.ids import NodeId
+from coeld.measured import MeasuredLink
 from coeld.net.engine_link import EngineLink
 
 PREAMBLE = """
@@ -129,3 +131,18 @@ def test_a_first_engine_that_was_killed_is_followed_by_another() -> None:
         return link.restarts
 
     assert asyncio.run(scenario()) == 2
+
+
+def test_links_that_the_engine_measured_reach_the_node_and_malformed_ones_are_refused() -> None:
+    events: list[object] = []
+
+    async def scenario() -> None:
+        link = EngineLink(OPTIONS, "", events.append)
+        link._handle({"ev": "measured", "links": [["a" * 16, 300, 900, 0]]})
+        expected = (MeasuredLink(NodeId("a" * 16), 300, 900, 0),)
+        assert (events, link.links) == ([LinksMeasured(expected)], expected)
+        for wrong in ([["a" * 16, 300, 900]], [5], None, [["a" * 16, "x", 1, 1]]):
+            with pytest.raises(FrameError):
+                link._handle({"ev": "measured", "links": wrong})
+
+    asyncio.run(scenario())

@@ -16,6 +16,7 @@ from coeld.asked import RATE_MAX, Asked, Rates
 from coeld.errors import FrameError
 from coeld.events import EngineStarted, MessageReceived, ResourcesSampled, Tick
 from coeld.ids import Lot, ModelHash, NodeId
+from coeld.measured import MB_PER_S_MAX, RTT_US_MAX, MeasuredLink
 from coeld.messages import (
     BID_MAX,
     COUNTER_MAX,
@@ -63,6 +64,17 @@ claims = st.lists(
     max_size=6,
     unique_by=lambda claim: claim.lot,
 ).map(lambda found: tuple(sorted(found)))
+links = st.lists(
+    st.builds(
+        lambda node, rtt_us, more_us, rate: MeasuredLink(node, rtt_us, rtt_us + more_us, rate),
+        nodes,
+        st.integers(1, RTT_US_MAX // 2),
+        st.integers(0, RTT_US_MAX // 2),
+        st.integers(1, MB_PER_S_MAX),
+    ),
+    max_size=4,
+    unique_by=lambda link: link.node,
+).map(lambda found: tuple(sorted(found)))
 names = st.text(max_size=64).filter(str.isprintable)
 records = st.builds(
     Record,
@@ -86,6 +98,7 @@ records = st.builds(
             ).map(lambda rows: (b"", *rows)),
         ),
     ),
+    links=links,
     model=st.sampled_from([MODEL, ModelHash("00" * 32)]),
     claims=claims,
     serving=st.lists(lots, max_size=6, unique=True).map(lambda found: tuple(sorted(found))),

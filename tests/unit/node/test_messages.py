@@ -10,6 +10,7 @@ from coeld.asked import LEVELS, POPULARITY_CHARS_MAX, Asked, Rates
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.lot_sets import LOTS_PER_RECORD_MAX
+from coeld.measured import LINKS_MAX, MB_PER_S_MAX, RTT_US_MAX, MeasuredLink
 from coeld.messages import (
     MESSAGE_BYTES_MAX,
     Ask,
@@ -41,6 +42,7 @@ RECORD = Record(
     sparing=True,
     stays_wide=True,
     narrow=((0, 1), (4, 7)),
+    links=(MeasuredLink(A, 450, 900, 110), MeasuredLink(B, 6000, 6000, 7)),
     model=ModelHash("5e" * 32),
     data_host="192.168.1.7",
     data_port=9000,
@@ -85,7 +87,10 @@ def test_the_largest_record_fits_into_a_message() -> None:
     lots = [Lot(1023, 4095 - LOTS_PER_RECORD_MAX + 1 + i) for i in range(LOTS_PER_RECORD_MAX)]
     claims = tuple(Claim(lot, i % 2, 2**62 - i) for i, lot in enumerate(lots))
     serving = tuple(Lot(layer, expert * 2) for layer in range(8) for expert in range(512))
-    record = Record(A, 1, 1, model=ModelHash("5e" * 32), claims=claims, serving=serving)
+    nodes = [NodeId(f"{i:016x}") for i in range(LINKS_MAX)]
+    links = tuple(MeasuredLink(node, RTT_US_MAX, RTT_US_MAX, MB_PER_S_MAX) for node in nodes)
+    model = ModelHash("5e" * 32)
+    record = Record(A, 1, 1, model=model, claims=claims, serving=serving, links=links)
     assert decode(encode(Delta("home", A, 1, (record,)))) == Delta("home", A, 1, (record,))
 
 
@@ -132,6 +137,16 @@ BAD = {
     "port too large": change(["records", 0, "mqtt"], ["a", 65536]),
     "model not a hash": change(["records", 0, "model"], "smollm2"),
     "load above 100": change(["records", 0, "load"], 101),
+    "link of three": change(["records", 0, "links"], [[B, 1, 1]]),
+    "link to nobody": change(["records", 0, "links"], [["pi", 1, 1, 1]]),
+    "link without a round trip": change(["records", 0, "links"], [[B, 0, 1, 1]]),
+    "link with a percentile below the median": change(["records", 0, "links"], [[B, 9, 8, 1]]),
+    "link of more than a minute": change(["records", 0, "links"], [[B, 1, 60_000_001, 1]]),
+    "link without bandwidth": change(["records", 0, "links"], [[B, 1, 1, 0]]),
+    "link with a fraction": change(["records", 0, "links"], [[B, 1.5, 2, 1]]),
+    "links descending": change(["records", 0, "links"], [[B, 1, 1, 1], [A, 1, 1, 1]]),
+    "links twice": change(["records", 0, "links"], [[B, 1, 1, 1], [B, 1, 1, 1]]),
+    "too many links": change(["records", 0, "links"], [[f"{i:016x}", 1, 1, 1] for i in range(65)]),
     "records not a list": change(["records"], {}),
     "record not an object": change(["records", 0], 5),
     "too many records": change(["records"], [{}] * 65),

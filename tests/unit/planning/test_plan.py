@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from coeld.deployment.cost import Link
 from coeld.errors import CoeldError, ConfigError, ModelError
 from coeld.model.store import Store
-from coeld.planning.fleet import parse_fleet, profiles, read_fleet
+from coeld.planning.fleet import LINKS, link_between, parse_fleet, profiles, read_fleet
 from coeld.planning.forecast import changes, choose_width, forecast, lacking, limit
 from coeld.planning.shape import Shape, find_demand, from_config, parse_shape, shipped
 from coeld.ui.cli import main
@@ -185,6 +186,24 @@ def test_the_running_swarm_is_planned_with_what_its_devices_told() -> None:
     ]
     with pytest.raises(ConfigError, match="0 devices"):
         swarm_machines({"node": {"members": [dead]}})
+
+
+def test_a_plan_for_a_running_swarm_uses_the_links_that_devices_measured() -> None:
+    member = {
+        "status": "alive", "engine": True, "memory_budget_bytes": 4 * 10**9,
+        "kernel_mb_per_s": 9000,
+    }  # fmt: skip
+    a, b, c = (member | {"name": x, "node": x * 16} for x in "abc")
+    a["links"] = [["b" * 16, 5000, 9000, 10], ["c" * 16, 6000, 9000, 10]]
+    one, two, three = swarm_machines({"node": {"members": [a, b, c]}})
+    assert link_between(one, two) == link_between(two, one) == Link(5000, 10)
+    assert link_between(two, three) == LINKS["ethernet"]
+    b["links"] = [["c" * 16, 4000, 9000, 10]]
+    machines = swarm_machines({"node": {"members": [a, b, c]}})
+    demand = shape("OLMoE-1B-7B").demand(8)
+    plan = forecast(demand, machines, 128, 2048, False)
+    (wired,) = [other for what, other in changes(plan, 128, 2048, False) if "Ethernet" in what]
+    assert wired.token_us < plan.token_us
 
 
 def test_models_are_found_by_name_file_and_folder(tmp_path) -> None:

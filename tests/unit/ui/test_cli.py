@@ -17,6 +17,7 @@ from coeld.ui.status_command import (
     devices,
     headline,
     layers_owned,
+    links,
     rollout,
     this_device,
 )
@@ -239,3 +240,25 @@ def test_a_device_without_sensors_has_nothing_to_complain_of() -> None:
     line = this_device({"sensors": well, "engine": {"kernels": {}}})
     assert line == "700 MB of memory available, disk 10.0 GB free"
     assert [(check.name, check.advice) for check in machine(well)] == [("memory", ""), ("disk", "")]
+
+
+def test_links_show_what_was_measured_and_what_is_assumed() -> None:
+    status = swarm_status(3)
+    bus = [
+        {"node": f"{n:016x}", "host": "10.0.0.1", "port": 1, "up": True, "messages": 7}
+        for n in (1, 2)
+    ]
+    measured = {"node": f"{1:016x}", "rtt_us": 420, "rtt_p99_us": 2310, "mb_per_s": 0}
+    far = measured | {"node": "f" * 16, "mb_per_s": 31}
+    peers = {f"{1:016x}": {"calls": 900, "rtt_us_p50": 800}}
+    status["bus"] = {"topology": "embedded", "links": bus}
+    status["engine"] = {"stats": {"peers": peers}, "links": [measured, far]}
+    out = io.StringIO()
+    Console(file=out, width=200).print(links(status))
+    near, unknown, other = (
+        next(line for line in out.getvalue().splitlines() if name in line)
+        for name in ("raspberry-1", "raspberry-2", "f" * 16)
+    )
+    assert "0.80 ms  0.42 2.31 ms  assumed" in near
+    assert unknown.count("assumed") == 2
+    assert "31 MB/s" in other
