@@ -3,7 +3,7 @@
 A link is believed to be as it was told, and one that never was to be as `assumed`; it is told when
 its round trip or its bandwidth has left the band around that, in steps of SPEED_STEP (coeld.
 perception.resources). So a link like the assumed one is never told, and noise moves nothing. Round
-trips below RTT_US_MIN count as that long: what comes on top of them in a call is as much. The 99th
+trips below RTT_US_MIN count as that long: what comes on top of them in every call is more. The 99th
 percentile travels along; nothing is decided by it, so that it changed is no news.
 """
 
@@ -14,7 +14,7 @@ from coeld.ids import NodeId
 from coeld.measured import LINKS_MAX, MB_PER_S_MAX, RTT_US_MAX, MeasuredLink
 from coeld.perception.resources import stepped, stepped_speed
 
-RTT_US_MIN: Final = 100
+RTT_US_MIN: Final = 200
 
 
 class LinkNews:
