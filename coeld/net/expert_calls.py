@@ -254,10 +254,9 @@ class ExpertCalls:
         """Count an answer. What nobody looked for meanwhile may have lain there long."""
         now_s = time.monotonic()
         took_s = min(now_s, call.exchange.silent_s + LOOK_S) - call.started_s
-        if call.exchange.via is None:
-            self._measure(call, now_s)
-            if call.first:
-                self._reach.works(call.node)
+        self._measure(call, now_s)
+        if call.first and call.exchange.via is None:
+            self._reach.works(call.node)
         with self._lock:
             stats = self.stats_of(call.node)
             if isinstance(call.outcome, PeerError):
@@ -274,16 +273,19 @@ class ExpertCalls:
         call.exchange.close()
 
     def _measure(self, call: ExpertCall, now_s: float) -> None:
-        """What an answer tells of the link. How long it took is known if somebody waited for it
-        before it can have come."""
+        """What an answer tells of the way to a peer, and of the link if no other device stands
+        between. How long it took is known if somebody waited for it before it can have come."""
+        straight = call.exchange.via is None
         if call.traffic.sent_bytes >= LINK_BYTES:
             if link := link_of(call.exchange.sock):
                 self.links[call.node] = link
-                self.meter.delivered(call.node, link.bytes_per_s)
+                if straight:
+                    self.meter.delivered(call.node, link.bytes_per_s)
             return
         computed_s, took_s = call.computed_us * 1e-6, now_s - call.started_s
         watched = call.exchange.watched_s - call.started_s <= computed_s
-        if watched and not call.first and not isinstance(call.outcome, PeerError):
+        answered = not call.first and not isinstance(call.outcome, PeerError)
+        if straight and watched and answered:
             payload_bytes = call.traffic.sent_bytes + call.traffic.received_bytes
             self.meter.answered(call.node, took_s - computed_s, payload_bytes, now_s)
 

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from coeld.compression.transfer import LinkSpeed
 from coeld.datapath import frames
 from coeld.datapath.frames import Kind, SpanCall
 from coeld.errors import PeerError, PeerGone
 from coeld.ids import NodeId
-from coeld.net import reach
+from coeld.net import expert_calls, reach
 from coeld.net.connection import Connection
+from coeld.net.expert_calls import LINK_BYTES
 from coeld.net.peers import PeerPool, PeerServer
 from tests.harness.peer_ends import CALLER, HIDDEN, SERVER, X, introduction, run
 
@@ -84,6 +86,20 @@ def test_calls_go_through_another_device_when_the_straight_way_has_failed(three:
     for layer in range(5):
         assert np.array_equal(three.ask(layer), X * (layer + 1) * 2)
     assert three.pool.stats()[SERVER].calls == 5
+
+
+def test_a_way_through_another_device_tells_how_fast_it_is_but_not_of_the_link(
+    three: Three, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way = LinkSpeed(0.02, 2e6)
+    monkeypatch.setattr(expert_calls, "link_of", lambda _sock: way)
+    three.lose()
+    rows = np.ones((LINK_BYTES // (4 * HIDDEN), HIDDEN), np.float32)
+    for x in (X, rows, X):
+        three.pool.result(three.pool.call(SERVER, three.dead, 1, [1, 2], x, None))
+    assert three.pool.links == {SERVER: way}
+    assert three.pool.meter.look([SERVER]) == ()
+    assert not three.pool.meter._peers
 
 
 def test_spans_and_their_caches_work_through_another_device(three: Three) -> None:
