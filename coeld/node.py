@@ -14,10 +14,10 @@ from typing import Any
 from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.cost import LAN
 from coeld.deployment.placement import serving, unclaimed
-from coeld.deployment.pricing import bids, capacity
+from coeld.deployment.pricing import bids
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
-from coeld.deployment.room import Room
+from coeld.deployment.room import Room, fitting
 from coeld.deployment.supply import facts_of, trunk_complaint
 from coeld.deployment.ways import Ways, whole_layers
 from coeld.deployment.widths import Widths, rest_s
@@ -176,9 +176,8 @@ class Node:
         bid_at = self._bid_at if self._bid_wanted else float("inf")
         timers = [at for at in self._timers() if at > self._planned_at]
         retry_at = self.migration.retry_at(self._planned_at)
-        return min(
-            self.perception.due, bid_at, retry_at, self.asking.due, self.rollout.due, *timers
-        )
+        due = bid_at, retry_at, self.asking.due, self.rollout.due
+        return min(self.perception.due, *due, *timers)
 
     def _versions(self) -> tuple[int, int, int]:
         return self.perception.market, self.perception.supply, self.perception.marks
@@ -406,8 +405,9 @@ class Node:
         idle = self.migration.rests
         rests = idle and now >= self._rests()[1]
         if not rollout.unchanged((self._versions(), idle, rests), now):
-            records, suspects = perception.present(), perception.suspects()
-            effects = rollout.step(records, suspects, capacity, self.node_id, idle, rests, now)
+            records, suspects = list(perception.present()), perception.suspects()
+            fits, me = fitting(records), self.node_id
+            effects = rollout.step(records, suspects, fits, me, idle, rests, now)
             if any(isinstance(effect, OpenModel) for effect in effects):
                 self._engine_lost()
             self._out += effects

@@ -11,13 +11,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import demo
+from swarm_bench import with_words
 
 from coeld.ids import Lot
 from coeld.model.manifest import Manifest
@@ -166,12 +166,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     store = Store(Path(os.environ["COELD_STORE"]))
-    manifest = store.manifest(arguments.model)
-    if arguments.vocabulary:
-        words = store.manifest(arguments.vocabulary).tokenizer
-        manifest = replace(manifest, name=f"{manifest.name}-words", tokenizer=words)
-        store.save(manifest)
-    run(store, manifest, arguments.threads)
+    run(store, with_words(store, arguments.model, arguments.vocabulary), arguments.threads)
 
 
 if __name__ == "__main__":

@@ -273,6 +273,16 @@ def tell(key: tuple[str, ...], runs: Runs) -> None:
     print(*words, file=sys.stderr, flush=True)
 
 
+def with_words(store: Store, model: str, vocabulary: str | None) -> Manifest:
+    """An installed model, under another name with the tokenizer of another one if that is named."""
+    manifest = store.manifest(model)
+    if vocabulary:
+        words = store.manifest(vocabulary).tokenizer
+        manifest = replace(manifest, name=f"{manifest.name}-words", tokenizer=words)
+        store.save(manifest)
+    return manifest
+
+
 def settings(arguments: argparse.Namespace) -> Iterator[tuple[str, int, str]]:
     """Profile, number of devices, mode; for one device the modes are the same, and one will do."""
     modes = arguments.modes.split(",")
@@ -311,11 +321,7 @@ def main() -> None:
     arguments = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that labs are taken down
     store = Store(Path(os.environ["COELD_STORE"]))
-    manifest = store.manifest(arguments.model)
-    if arguments.vocabulary:
-        words = store.manifest(arguments.vocabulary).tokenizer
-        manifest = replace(manifest, name=f"{manifest.name}-words", tokenizer=words)
-        store.save(manifest)
+    manifest = with_words(store, arguments.model, arguments.vocabulary)
     found: dict[tuple[str, ...], Runs] = {}
     for _ in range(arguments.rounds):
         for profile, count, mode in settings(arguments):

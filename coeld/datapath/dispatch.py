@@ -224,7 +224,8 @@ class Dispatcher:
         if table is None:
             return None
         owned = self._owners(table, layer)
-        cooling = {node for node in self._failed_at if self._cooling(node)}
+        # A copy: another thread may note a failure meanwhile.
+        cooling = {node for node in list(self._failed_at) if self._cooling(node)}
         if owned.whole and not cooling:
             return _Shares(frozenset(), {owned.whole: chosen}, table.addresses)
         owners = {expert: _rested(owned.by_expert[expert], cooling) for expert in sorted(chosen)}

@@ -19,15 +19,13 @@ from statistics import median
 from typing import Final
 
 from coeld.ids import NodeId
-from coeld.measured import MeasuredLink
+from coeld.measured import LINKS_MAX, MeasuredLink
 
 SAMPLES_MAX: Final = 256
 """Round trips kept of one interval, the latest."""
 INTERVALS: Final = 5
 SURE: Final = 3
 RATES: Final = 9
-PEERS_MAX: Final = 64
-"""As many links as a record tells of (coeld.measured.LINKS_MAX)."""
 PROBED_AGAIN_S: Final = 30.0
 """A link without calls."""
 UNSURE: Final = 1.5
@@ -95,7 +93,7 @@ class LinkMeter:
         """Whose links should be probed: those of which little is known or that seem to change, and
         those that were silent for PROBED_AGAIN_S."""
         with self._lock:
-            return [node for node in sorted(nodes)[:PEERS_MAX] if self._due(node, now_s)]
+            return [node for node in sorted(nodes)[:LINKS_MAX] if self._due(node, now_s)]
 
     def _due(self, node: NodeId, now_s: float) -> bool:
         peer = self._peers.get(node)
@@ -109,6 +107,6 @@ class LinkMeter:
 
     def _peer(self, node: NodeId) -> _Peer | None:
         """Of a peer that is new, if there is room."""
-        if node not in self._peers and len(self._peers) < PEERS_MAX:
+        if node not in self._peers and len(self._peers) < LINKS_MAX:
             self._peers[node] = _Peer()
         return self._peers.get(node)

@@ -1,16 +1,22 @@
 """What a device may claim and hold, by its budget, those of others and the width of lots. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coeld.deployment.cost import CostModel
 from coeld.deployment.pricing import capacity, claimable, missing_lots
 from coeld.deployment.supply import considered
 from coeld.deployment.ways import roomy
-from coeld.deployment.widths import in_narrow
+from coeld.deployment.widths import in_narrow, narrow_capacity
 from coeld.ids import Lot, NodeId
 from coeld.messages import Record
 from coeld.view import ModelDemand
+
+
+def fitting(records: Iterable[Record]) -> Callable[[int, ModelDemand], int]:
+    """How many lots of a model fit into a budget in bytes: as they are stored, or, where some of
+    these devices hold lots in fewer bits, so."""
+    return narrow_capacity if any(record.narrow for record in records) else capacity
 
 
 @dataclass(frozen=True, slots=True)

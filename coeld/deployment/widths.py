@@ -39,6 +39,13 @@ def in_narrow(demand: ModelDemand) -> ModelDemand:
     return replace(demand, lot_bytes=demand.narrow_lot_bytes, narrow_lot_bytes=0)
 
 
+def narrow_capacity(budget_bytes: int, demand: ModelDemand) -> int:
+    """How many lots fit beside the trunk in fewer bits, in whole layers; as they are stored if
+    they have no such form."""
+    lot_bytes = demand.narrow_lot_bytes or demand.lot_bytes
+    return _layers(demand, lot_bytes, max(0, budget_bytes - demand.trunk_bytes)) * demand.experts
+
+
 def must_narrow(demand: ModelDemand, rooms_bytes: Sequence[int]) -> bool:
     """Do the lots fit beside the trunks only if some are narrow?"""
     if not demand.narrow_lot_bytes:

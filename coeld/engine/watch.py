@@ -8,7 +8,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from coeld.datapath.dispatch import RouteBoard
 from coeld.errors import PeerError
@@ -60,8 +60,4 @@ class Watch:
         found = pool.meter.look(peers)
         if found != self._said:
             self._said = found
-            self._say("measured", **to_json(found))
-
-
-def to_json(links: tuple[MeasuredLink, ...]) -> dict[str, Any]:
-    return {"links": [list(link) for link in links]}
+            self._say("measured", links=[list(link) for link in found])

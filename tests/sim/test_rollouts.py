@@ -94,6 +94,23 @@ def test_where_memory_is_for_two_copies_somebody_answers_at_every_moment(seed: i
     ended(world)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_swarm_whose_layers_are_narrow_goes_over_as_well(seed: int) -> None:
+    rng = Random(seed)
+    first = tuple(range(OLD.layers))
+    old, new = (replace(d, narrow_lot_bytes=200_000, narrow_first=first) for d in (OLD, NEW))
+    specs = [Spec(old.trunk_bytes + rng.randint(24, 30) * old.lot_bytes) for _ in range(3)]
+    world = World(seed, specs, old)
+    checkers.watch(world)
+    world.start_all()
+    world.run(8)
+    assert any(device.narrow for device in world.up()), f"seed={seed}"
+    for device in world.up():
+        world.release(device, new, Progress.READY)
+    follow(world, rng, lambda: all(d.demand is new and answers(world, d) for d in world.up()))
+    assert any(device.narrow for device in world.up())
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_where_memory_is_for_one_copy_answers_end_before_all_go_over(seed: int) -> None:
     rng = Random(seed)

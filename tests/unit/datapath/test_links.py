@@ -7,7 +7,6 @@ import pytest
 from coeld.datapath.links import (
     ASSUMED_BYTES_PER_S,
     INTERVALS,
-    PEERS_MAX,
     PROBED_AGAIN_S,
     SURE,
     LinkMeter,
@@ -93,13 +92,13 @@ def test_who_is_no_peer_any_more_is_forgotten_and_there_is_room_for_so_many() ->
     meter = LinkMeter()
     measured(meter, 0.001)
     assert meter.look([B]) == ()
-    nodes = [NodeId(f"{i:016x}") for i in range(PEERS_MAX + 10)]
+    nodes = [NodeId(f"{i:016x}") for i in range(LINKS_MAX + 10)]
     for _ in range(SURE):
         for node in nodes:
             meter.answered(node, 0.001, 0, 0.0)
         found = meter.look(nodes)
-    assert len(found) == PEERS_MAX == LINKS_MAX
-    assert len(meter.due(nodes, 1e9)) == PEERS_MAX
+    assert len(found) == LINKS_MAX
+    assert len(meter.due(nodes, 1e9)) == LINKS_MAX
 
 
 def test_what_is_assumed_of_bandwidth_is_what_the_market_assumes() -> None:
