@@ -54,8 +54,9 @@ from coeld.host.notify import notify
 from coeld.host.places import Places, places
 from coeld.host.sensors import Sensors
 from coeld.model.store import Store
+from coeld.net.answer import Answer
 from coeld.net.blobs import listening
-from coeld.net.engine_link import Answer, EngineLink
+from coeld.net.engine_link import EngineLink
 from coeld.net.mqtt import BusOptions, ControlBus
 from coeld.net.weights import DiskBudget, Weights
 from coeld.node import Node, NodeConfig
@@ -275,8 +276,7 @@ class Agent:
     # What the API asks (coeld.api.server.Answering)
 
     def model(self) -> tuple[str, int] | None:
-        found = self._engine.model
-        return (found.name, self._engine.context_tokens) if found else None
+        return self._engine.serves
 
     def not_ready(self) -> NoModel:
         if self._weights.fetching:

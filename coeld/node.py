@@ -334,7 +334,7 @@ class Node:
             plan = self.migration.plan(wish, *self.demand.sizes)
             self._bid_wanted |= bool(plan.load or plan.drop)
             self._serve(self.demand, now, settled and not self.migration.busy)
-        self._switch(self.demand, settled and perception.complete)
+        self._switch(self.demand, settled and self.market.complete)
         self._close(self.demand)
         if plan.drop:
             self._out.append(DropLots(plan.drop))

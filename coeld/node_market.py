@@ -12,6 +12,7 @@ from coeld.ids import Lot, NodeId
 from coeld.messages import Record
 from coeld.node_config import NodeConfig
 from coeld.perception.perceive import Perception
+from coeld.update.rollout import release_of
 from coeld.view import ModelDemand
 
 
@@ -35,6 +36,16 @@ class Market:
 
     def others(self) -> list[Record]:
         return [record for record in self.records() if record.origin != self._me]
+
+    @property
+    def complete(self) -> bool:
+        """Is the model open here, everybody's record known, and nobody still on the way to this
+        version? Else what is missing may come yet."""
+        demand, perception = self.demand, self._perception
+        if demand is None or perception.me.model != demand.model or not perception.complete:
+            return False
+        told = [record.versions for record in perception.present() if record.model is None]
+        return (demand.name, release_of(demand)) not in [(each.name, each.next) for each in told]
 
     def moved(self, now: float) -> bool:
         """Has any claim changed since the last look?"""

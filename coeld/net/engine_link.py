@@ -1,8 +1,8 @@
 """The agent's side of the engine: keeps one running, opens the model, carries requests.
 
 Turns what the engine says into node events, and one socket into many answers. The engine cannot be
-slowed down by a reader, so each answer has a bounded buffer; a reader that falls that far behind is
-cut off and its request cancelled. When the engine dies, running answers fail with EngineGone, the
+slowed down by a reader, so one that falls too far behind is cut off and its request cancelled
+(coeld.net.answer). When the engine dies, running answers fail with EngineGone, the
 node learns that nothing is in memory any more, and a new engine is started after a pause that
 doubles while engines keep dying young.
 """
@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import logging
 import signal
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -45,11 +44,10 @@ from coeld.ids import Lot, ModelHash, NodeId
 from coeld.measured import MeasuredLink
 from coeld.model.narrow import demand_of
 from coeld.model.store import Store
+from coeld.net.answer import Answer, Lobby
 from coeld.routes import RouteTable
 from coeld.view import ModelDemand
 
-BUFFERED_EVENTS_MAX: Final = 1024
-"""Token events that wait for a slow reader of one answer."""
 READY_S: Final = 60.0
 """From start to "ready"; includes imports and the measurement of the kernels."""
 STORE_POLL_S: Final = 2.0
@@ -64,42 +62,6 @@ KILLED: Final = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit statuses of an engine that did not end by itself."""
 
 log = logging.getLogger(__name__)
-
-
-class Answer:
-    """The events of one request, as they arrive; iterate it until it ends or raises CoeldError."""
-
-    def __init__(self) -> None:
-        self._events: deque[dict[str, Any]] = deque()
-        self._changed = asyncio.Event()
-        self._failure: CoeldError | None = None
-        self.ended = False
-
-    def push(self, event: dict[str, Any]) -> bool:
-        """False when the buffer is full: the reader is too slow."""
-        self.ended = event["ev"] == "done"
-        self._events.append(event)
-        self._changed.set()
-        return self.ended or len(self._events) < BUFFERED_EVENTS_MAX
-
-    def fail(self, failure: CoeldError) -> None:
-        self._failure, self.ended = failure, True
-        self._changed.set()
-
-    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        return self._iterate()
-
-    async def _iterate(self) -> AsyncIterator[dict[str, Any]]:
-        while True:
-            while self._events:
-                event = self._events.popleft()
-                yield event
-                if event["ev"] == "done":
-                    return
-            if self._failure:
-                raise self._failure
-            self._changed.clear()
-            await self._changed.wait()
 
 
 class EngineLink:
@@ -126,8 +88,7 @@ class EngineLink:
         self._try_open_at = 0.0
         self._chosen: ModelHash | None = None
         """The version to open; None: the oldest, which the swarm had open last."""
-        self._refusal = ""
-        """Why no request is begun; empty: they are."""
+        self._lobby = Lobby(options.requests_max, options.patience_s)
         self._complaint = ""
         self.kernels: Kernels | None = None
         """How fast it computes, measured by the first engine; None: none got ready yet."""
@@ -155,6 +116,13 @@ class EngineLink:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def serves(self) -> tuple[str, int] | None:
+        """Name and context length of the model that requests are for: the open one, or the one
+        whose next version is being opened."""
+        name = self.model.name if self.model else self._lobby.coming
+        return (name, self.context_tokens) if name else None
+
     def not_ready(self) -> NoModel:
         """The error for whoever asks while no model is open."""
         kind = Starting if self._passing else NoModel
@@ -166,10 +134,10 @@ class EngineLink:
     async def generate(self, request: dict[str, Any]) -> AsyncIterator[Answer]:
         """Run a request (fields as in engine/protocol.py); leaving the block cancels it.
 
-        Raises NoModel when nothing is open, Updating while none may begin.
+        It waits while none may begin because the model goes over to its next version. Raises
+        NoModel when nothing is open, Updating when that took too long, Overloaded.
         """
-        if self._refusal:
-            raise Updating(self._refusal)
+        await self._lobby.pass_through()
         if self.model is None:
             raise self.not_ready()
         number, answer = str(next(self._ids)), Answer()
@@ -205,8 +173,8 @@ class EngineLink:
         self._send({"op": "routes", "table": table.to_json()})
 
     def admit(self, refusal: str) -> None:
-        """From now on refuse requests for that reason; an empty one: begin them again."""
-        self._refusal = refusal
+        """From now on begin no requests for that reason; an empty one: begin them again."""
+        self._lobby.change(refusal=refusal)
         self._tell_drained()
 
     def end_requests(self, why: str) -> None:
@@ -218,11 +186,13 @@ class EngineLink:
         self._tell_drained()
 
     def _tell_drained(self) -> None:
-        if self._refusal and not self._answers:
+        if self._lobby.refusal and not self._answers:
             self._emit(Drained())
 
     def open(self, model: ModelHash) -> None:
         """Have the engine let its model go and open this version of it."""
+        if self.model:
+            self._lobby.change(coming=self.model.name)
         self._chosen, self.model, self._try_open_at = model, None, 0.0
         self._explain("the new version of the model is being opened", passing=True)
         self._open_if_there()
@@ -356,6 +326,7 @@ class EngineLink:
                 if self.trouble != self._complaint:
                     log.error("cannot open the model, trying on: %s", self.trouble)
                 self._complaint = self.trouble
+                self._lobby.change(coming="")
             case _:
                 raise FrameError(f"unknown event {kind!r}")
 
@@ -443,6 +414,7 @@ class EngineLink:
         self.model, self.trouble = demand, ""
         self.context_tokens = int(event["context_tokens"])
         self._emit(EngineStarted(demand, *self._address))
+        self._lobby.change(coming="")
 
 
 def _links(event: dict[str, Any]) -> tuple[MeasuredLink, ...]:

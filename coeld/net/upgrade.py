@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from coeld.errors import CoeldError, DiskFull, FetchFailed
@@ -21,6 +22,7 @@ from coeld.model.narrow import demand_of
 from coeld.model.store import Store
 from coeld.net.blobs import Holder, fetch_manifest
 from coeld.releases import Progress, Release
+from coeld.update.rollout import release_of
 from coeld.view import ModelDemand
 
 AT_ONCE: Final = 8
@@ -63,6 +65,8 @@ class Upgrade:
         """The newest in the own store."""
         self._next: Manifest | None = None
         """The newest of all, which is to come."""
+        self._sought: Release | None = None
+        """The same, or what is told to be newer and whose manifest is not here yet."""
         self._refused: set[Release] = set()
         """What others tell of, but is something else."""
         self._told: tuple[object, ...] = ()
@@ -72,7 +76,7 @@ class Upgrade:
         """Why the next version cannot be had."""
 
     def status(self) -> dict[str, Any]:
-        return {"version": self._next.version if self._next else None, "trouble": self.trouble}
+        return {"version": self._sought.version if self._sought else None, "trouble": self.trouble}
 
     async def advance(self, opened: ModelDemand) -> bool:
         """A step towards the newest version of what is open; False: nothing to do for now."""
@@ -91,8 +95,8 @@ class Upgrade:
         self._retry_at = now + RETRY_S
         self._failing_since = self._failing_since or now
         lasting = isinstance(exc, DiskFull) or now - self._failing_since >= PATIENCE_S
-        if self._next is not None and lasting:
-            self._tell(opened, self._next, Progress.FAILED)
+        if self._sought is not None and lasting:
+            self._tell(opened, self._demand(opened, self._sought), Progress.FAILED)
         if str(exc) != self.trouble:
             self.trouble = str(exc)
             log.warning(
@@ -103,7 +107,7 @@ class Upgrade:
             )
 
     async def _step(self, opened: ModelDemand) -> bool:
-        present = Release(opened.version, opened.model)
+        present = release_of(opened)
         manifest = self._next = await self._newest(opened.name, present)
         if manifest is None:
             self._retire(opened.name, present)
@@ -111,7 +115,7 @@ class Upgrade:
         if self._told == (present, manifest.release, Progress.READY):
             return False
         if self._told[:2] != (present, manifest.release):  # who has failed is not waited for
-            self._tell(opened, manifest, Progress.FETCHING)
+            self._tell(opened, demand_of(manifest), Progress.FETCHING)
         if missing := [ref for ref in self._needed(manifest) if not self._store.has(ref)]:
             what = f"{len(missing)} parts of version {manifest.version} of {manifest.name}"
             await self._fetcher.bring(missing[:AT_ONCE], manifest.hash, what)
@@ -122,14 +126,20 @@ class Upgrade:
         if await self._bring_more(manifest):
             return True
         log.info("version %d of %s is on this device's disk", manifest.version, manifest.name)
-        self._tell(opened, manifest, Progress.READY)
+        self._tell(opened, demand_of(manifest), Progress.READY)
         return True
 
-    def _tell(self, opened: ModelDemand, manifest: Manifest, progress: Progress) -> None:
-        told = Release(opened.version, opened.model), manifest.release, progress
+    def _tell(self, opened: ModelDemand, demand: ModelDemand, progress: Progress) -> None:
+        told = release_of(opened), release_of(demand), progress
         if told != self._told:
             self._told = told
-            self._emit(ReleaseFound(demand_of(manifest), progress))
+            self._emit(ReleaseFound(demand, progress))
+
+    def _demand(self, opened: ModelDemand, release: Release) -> ModelDemand:
+        """What that version needs: as much as the open one, while its manifest is not here."""
+        if self._next is not None and self._next.release == release:
+            return demand_of(self._next)
+        return replace(opened, version=release.version, model=release.model)
 
     def _needed(self, manifest: Manifest) -> list[BlobRef]:
         """What this device cannot do without when it goes over, each blob once."""
@@ -160,6 +170,7 @@ class Upgrade:
         """The manifest of the newest version, from here or from others; None: it is open."""
         changed = name, *self._store.changed(name)
         if len(changed) == 1:
+            self._sought = None
             return None  # it was removed, and serves on
         if changed != self._changed:
             self._installed = self._store.manifest(name)
@@ -172,7 +183,9 @@ class Upgrade:
         newer = [release for release, _host, _port in told if release not in self._refused]
         newest = max(newer, default=present)
         if newest <= (best.release if best else present):
+            self._sought = best.release if best else None
             return best
+        self._sought = newest
         holders = [Holder(host, port) for release, host, port in told if release == newest]
         manifest = await fetch_manifest(newest.model, holders)
         if (manifest.name, manifest.version) != (name, newest.version):

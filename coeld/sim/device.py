@@ -30,6 +30,8 @@ class Spec:
     disk_mb_per_s: int = 200
     engine: bool = True
     """False: a member of the swarm that runs no model."""
+    open_s: float = 0.3
+    """From letting one model go until the next is open."""
 
 
 @dataclass(slots=True)

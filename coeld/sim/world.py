@@ -53,8 +53,6 @@ MODEL = ModelDemand(ModelHash("5e" * 32), "simulated", 30, 8, 350_000, 30_000_00
 LINK_S = 0.005
 """How long a new link, or the reset of a broken one, takes."""
 DRAIN_S = 0.02
-OPEN_S = 0.3
-"""From letting one model go until the next is open."""
 TOPIC_BYTES = 48
 """What MQTT adds to a message: fixed header, length, and coeld/1/<swarm>/all/<sender>."""
 SLOW_FACTOR = 100
@@ -319,7 +317,7 @@ class World:
             case OpenModel(_, model):
                 device.chosen = device.found[model].demand
                 self._empty(device)
-                self._later(OPEN_S, self.start_engine, device, device.life)
+                self._later(device.spec.open_s, self.start_engine, device, device.life)
             case SwapRoutes(table):
                 device.table = table
             case Report(text):

@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from coeld.effects import Effect, OpenModel
+from coeld.effects import Effect, OpenModel, SwapRoutes
 from coeld.ids import ModelHash
 from coeld.node import NodeConfig
 from coeld.releases import Progress
@@ -164,6 +164,25 @@ def test_nobody_goes_over_while_somebody_fetches() -> None:
     world.release(world.device(2), NEW, Progress.READY)
     world.run(10)
     ended(world)
+
+
+def test_who_opens_the_new_version_sooner_waits_for_the_rest_and_misses_no_memory() -> None:
+    specs = [Spec(OLD.trunk_bytes + 40 * OLD.lot_bytes, open_s=each) for each in (0.3, 3, 8)]
+    world = World(1, specs, OLD)
+    world.start_all()
+    world.run(6)
+    missed = []
+    world.watchers.append(
+        lambda _world, _device, effect: missed.extend(
+            [effect.table.missing_bytes] if isinstance(effect, SwapRoutes) else []
+        )
+    )
+    everywhere(world)
+    follow(world, Random(1), lambda: over(world))
+    assert set(missed) == {0}
+    world.crash(world.device(2))
+    world.run(8)
+    assert missed[-1] == 16 * NEW.lot_bytes, "memory that is missing is told all the same"
 
 
 def test_who_cannot_have_the_new_version_stays_and_answers_as_long_as_it_can() -> None:

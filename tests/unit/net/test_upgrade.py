@@ -94,6 +94,30 @@ def test_a_disk_that_is_too_small_is_told_and_the_old_version_stays(
     assert device.store.versions("tiny") == [first]
 
 
+def test_a_manifest_that_nobody_hands_out_is_told_until_somebody_does(
+    tmp_path, two_versions, caplog, monkeypatch
+) -> None:
+    monkeypatch.setattr(upgrade, "PATIENCE_S", 0.05)
+    device = device_with(two_versions, tmp_path / "d", spare_bytes=0)
+    second = two_versions.manifest("tiny")
+
+    async def main() -> None:
+        async with holding(two_versions) as (holder, _server):
+            pass  # it has gone, and its record is still there
+        device.releases = [(second.release, holder.host, holder.port)]
+        await device.until(reaches(device, Progress.FAILED))
+        failed = device.weights.status()["next"]
+        assert (failed["version"], second.hash[:8] in failed["trouble"]) == (2, True)
+        await against(device, two_versions, reaches(device, Progress.READY))
+
+    asyncio.run(main())
+    assert told(device) == [(2, Progress.FAILED), (2, Progress.READY)]
+    assert caplog.text.count("stays on version 1 of tiny") == 1
+    demands = [event.demand for event in device.events if isinstance(event, ReleaseFound)]
+    assert {demand.model for demand in demands} == {second.hash}
+    assert device.weights.status()["next"]["trouble"] == ""
+
+
 def test_a_version_that_was_added_here_is_ready_at_once(tmp_path, two_versions) -> None:
     device = Device(two_versions.root)
     device.open = two_versions.versions("tiny")[0].demand()
