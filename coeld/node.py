@@ -173,10 +173,10 @@ class Node:
         return describe(self.perception, self.demand, switch.table, switch.fingerprint, counted)
 
     def _next_due(self) -> float:
-        bid_at = self._bid_at if self._bid_wanted else float("inf")
+        outdated = self._bid_wanted or self._bid_supply != self.perception.supply
+        bid_at = self._bid_at if outdated else float("inf")
         timers = [at for at in self._timers() if at > self._planned_at]
-        retry_at = self.migration.retry_at(self._planned_at)
-        due = bid_at, retry_at, self.asking.due, self.rollout.due
+        due = bid_at, self.migration.retry_at(self._planned_at), self.asking.due, self.rollout.due
         return min(self.perception.due, *due, *timers)
 
     def _versions(self) -> tuple[int, int, int]:
@@ -214,7 +214,7 @@ class Node:
                 self._engine_started(event, now)
             case EngineStopped():
                 self._engine_lost()
-                self._tell_gone()
+                self._tell_gone(data_host="", data_port=0)
             case LotsLoaded(lots):
                 self._moved(Move.LOADED, lots, READ)
             case LotsDropped(lots):
@@ -341,7 +341,6 @@ class Node:
         if plan.load:
             self._out.append(LoadLots(plan.load, plan.narrow))
         self._seen_supply = perception.supply
-        self._bid_wanted |= self._bid_supply != perception.supply
 
     def _wish(self, demand: ModelDemand, urgent: bool, settled: bool, now: float) -> Wish:
         room, held = self._room(), self.migration.narrow_layers
@@ -413,13 +412,14 @@ class Node:
             self._out += effects
             if rollout.leaving:
                 self._tell_gone()
+            elif self.demand and perception.me.data_port:  # perhaps it came back
+                perception.tell(model=self.demand.model)
         perception.tell(versions=rollout.versions)
 
-    def _tell_gone(self) -> None:
-        """Nobody can call this device's engine any more."""
-        self._bid_wanted |= self.perception.me.model is not None
+    def _tell_gone(self, **address: Any) -> None:
+        """Nobody can call this device's engine any more; or, with its address, should do so."""
         gone: dict[str, Any] = dict.fromkeys(("claims", "serving", "spans", "narrow"), ())
-        self.perception.tell(model=None, data_host="", data_port=0, **gone)
+        self.perception.tell(model=None, **address, **gone)
 
     # ---- events in detail ------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ Nothing begins while somebody still fetches the new version and has answers to l
 those who have it on disk have room for all of it. Whoever cannot get it stays on the old one and
 answers as long as others who stay serve the rest. The rule asks records only; where views differ
 for a moment two may take each other for those who stay, so whoever goes says so first, and waits.
+Until its lots are let go it comes back if one of those who were to answer on fails.
 """
 
 from collections import Counter
@@ -134,6 +135,12 @@ class Swarm:
             if node != me
         )
 
+    @property
+    def misses_lots(self) -> bool:
+        """Has somebody answers to end with the old version, and not every lot of it is served?"""
+        ended = all(r.versions.phase is Phase.DRAINED for r in self.staying.values())
+        return not ended and len(self._served(self.old, self.staying.values())) < _lots(self.old)
+
     def _room(self, record: Record) -> int:
         return self.room(record.memory_budget_bytes, self.new)
 
@@ -230,14 +237,17 @@ class Rollout:
         now: float,
     ) -> list[Effect]:
         """What to do now; `idle`: nothing is loaded or dropped here; `rests`: and no claim has
-        changed for a while. While it is `leaving`, the caller tells that it serves nothing."""
+        changed for a while. While it is `leaving`, the caller tells that it serves nothing, but
+        not that its engine has gone: until OpenModel it may come back."""
         self.due = float("inf")
-        if self._leave_at is not None:
-            return self._leave(now)
         old, new = self._open, self._next
         if old is None or new is None:
             return []
         swarm = Swarm.of(old, new, records, suspects, room)
+        if self._leave_at is not None:
+            lingers = self.turn is Turn.FIRST and self._leave_at < float("inf")
+            come_back = lingers and swarm.misses_lots
+            return self._come_back(new, now) if come_back else self._leave(now)
         if me not in swarm.staying:
             return []
         if rests:
@@ -281,6 +291,12 @@ class Rollout:
         if self.turn is Turn.FIRST:
             return rests
         return swarm.drained(me) or said_s >= self._drain_s
+
+    def _come_back(self, new: ModelDemand, now: float) -> list[Effect]:
+        """Whoever was to answer on has failed while this device's lots are still in memory."""
+        self.turn, self._leave_at = Turn.STAY, None
+        text = f"not going over to version {new.version} of {new.name} yet: others need lots here"
+        return [*self._follow(new, now), Report(text)]
 
     def _leave(self, now: float) -> list[Effect]:
         assert self._next is not None

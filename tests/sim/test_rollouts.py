@@ -146,6 +146,29 @@ def test_crashes_in_the_middle_of_a_rollout_end_on_the_new_version(seed: int) ->
     ended(world)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_who_is_about_to_go_stays_when_the_device_that_was_to_answer_on_crashes(seed: int) -> None:
+    world = swarm(seed, [WHOLE + 4, WHOLE + 4, 0])
+    asker = world.device(2)
+    everywhere(world)
+    request = world.ask(asker, 6.0)
+    while not (leaving := [d for d in world.up() if d.node and d.node.rollout.leaving]):
+        world.run(0.01)
+    (other,) = (d for d in world.up() if d not in [asker, *leaving])
+    world.run(seed * 0.1)
+    world.crash(other)
+    world.run(2)
+    assert asker.table is not None
+    assert set(asker.table.owners.values()) == {(leaving[0].id,)}
+    while not request.outcome:
+        lots = {lot for d in world.up() if d.demand is OLD for lot in d.serving}
+        assert lots.issuperset(OLD.lots()), f"{asker.id} asks for lots that nobody has"
+        world.run(STEP_S)
+    assert request.outcome == "done"
+    follow(world, Random(seed), lambda: over(world))
+    ended(world)
+
+
 def test_a_lossy_network_ends_on_the_new_version_too() -> None:
     world = swarm(3, [WHOLE + 4, WHOLE + 4, 50, 50])
     world.network.loss, world.network.repeat, world.network.slow = 0.1, 0.1, 0.05
