@@ -13,13 +13,13 @@ from typing import Any
 
 from coeld.deployment.auction import Offer, Task, bundle, leaders
 from coeld.deployment.cost import LAN
+from coeld.deployment.own_spans import OwnSpans, whole_layers
 from coeld.deployment.placement import serving, unclaimed
 from coeld.deployment.pricing import bids
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
 from coeld.deployment.room import Room, fitting
 from coeld.deployment.supply import facts_of, trunk_complaint
-from coeld.deployment.ways import Ways, whole_layers
 from coeld.deployment.widths import Widths, rest_s
 from coeld.effects import DropLots, Effect, LoadLots, OpenModel, Report, SwapRoutes
 from coeld.events import (
@@ -79,7 +79,7 @@ class Node:
         self.spanning = Spanning()
         self.widths = Widths()
         self.rollout = Rollout(config.drain_ms / 1000, config.settle_ms / 1000)
-        self.ways = Ways(node_id)
+        self.own_spans = OwnSpans(node_id)
         self.demand: ModelDemand | None = None
         self.stale_reports = 0
         """Reports of the engine about lots that were in no such state: of an engine before."""
@@ -362,8 +362,8 @@ class Node:
             facts, winners = self._thinking.facts, self.market.winners()
             held_bytes, now_spans = self.migration.bytes(*demand.sizes), spanning.announced
             records = self.market.records()
-            wanted = self.ways.wanted(facts, records, winners, now_spans, held_bytes)
-            borders = self.ways.borders(winners)
+            wanted = self.own_spans.wanted(facts, records, winners, now_spans, held_bytes)
+            borders = self.own_spans.borders(winners)
         supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
         perception.tell(spans=spanning.want(wanted, whole, now, borders))
         if self._bid_supply == supply:  # no bid depends on spans
@@ -387,7 +387,7 @@ class Node:
                 self.market.winners(),
                 self._missing_bytes,
                 self.spanning.closed_spans,
-                partial(self.ways.legs, demand, records, suspects),
+                partial(self.own_spans.legs, demand, records, suspects),
             )
         )
 

@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 
 from coeld.deployment.chains import Run, runs, swarm_cut_ns, swarm_span_ns
 from coeld.deployment.cost import CostModel
+from coeld.deployment.own_spans import whole_layers
 from coeld.deployment.proposal import is_whole, tie
-from coeld.deployment.ways import whole_layers
 from coeld.ids import Lot, NodeId
 from coeld.messages import Record
 

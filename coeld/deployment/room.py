@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coeld.deployment.cost import CostModel
+from coeld.deployment.own_spans import roomy
 from coeld.deployment.pricing import capacity, claimable, missing_lots
 from coeld.deployment.supply import considered
-from coeld.deployment.ways import roomy
 from coeld.deployment.widths import in_narrow, narrow_capacity
 from coeld.ids import Lot, NodeId
 from coeld.messages import Record

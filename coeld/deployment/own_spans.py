@@ -19,7 +19,7 @@ from coeld.routes import Leg
 from coeld.view import ModelDemand
 
 
-class Ways:
+class OwnSpans:
     """Remembers the model of prices and the way so far."""
 
     def __init__(self, me: NodeId) -> None:
