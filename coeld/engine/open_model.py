@@ -119,9 +119,11 @@ class OpenModel:
         """
         room = self.context_tokens - len(request.prompt)
         if room < 1:
+            far = len(request.prompt) > 2 * self.context_tokens  # then these may be the first
+            many = f"more than {2 * self.context_tokens}" if far else f"{len(request.prompt)}"
             raise ContextTooLong(
-                f"The prompt has {len(request.prompt)} tokens and the context {self.context_tokens}"
-                " (engine.context_tokens): shorten the prompt, or raise the setting.",
+                f"The prompt has {many} tokens and the context {self.context_tokens} "
+                "(engine.context_tokens): shorten the prompt, or raise the setting.",
                 param,
             )
         request.tokens_max = min(tokens_max or room, room)

@@ -120,6 +120,8 @@ class Engine:
                 self._cancel(ident)
             case {"op": "stats"}:
                 self._link.say("stats", **self._stats())
+            case {"op": "ping"}:
+                self._link.say("pong")
             case _:
                 raise AssertionError(f"the agent said {message}")
 
@@ -229,9 +231,9 @@ class Engine:
             model = self._ready_for_request()
             prompt, budget = order.get("prompt"), order["kl_budget"]
             if prompt is None:
-                tokens = model.text.encode_chat(order["messages"])
+                tokens = model.text.encode_chat(order["messages"], model.context_tokens)
             else:
-                tokens = model.text.encode(prompt)
+                tokens = model.text.encode(prompt, model.context_tokens)
             if not tokens:
                 raise BadRequest("The prompt is empty: there is nothing to continue.", "prompt")
             request = Request(

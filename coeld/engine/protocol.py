@@ -17,6 +17,7 @@ Agent to engine (`op`):
                 temperature 0 is greedy; max_tokens null means "until the context is full"
     cancel      {id}
     stats       {}
+    ping        {}              its main thread answers, whatever the others compute or load
     quit        {}
 
 Engine to agent (`ev`):
@@ -42,6 +43,8 @@ Engine to agent (`ev`):
                                                               it has changed, at most every 2 s
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:
                  {node: {calls, failures, late, rtt_us_p50}}, steps: "…plan in one line…"}
+
+    pong        {}
 
 `type` is the class name from coeld.errors, so that the agent raises what the engine raised.
 """

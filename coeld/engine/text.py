@@ -17,6 +17,9 @@ from coeld.errors import BadModelFile, BadRequest
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
+LOOK_CHARS: Final = 32
+"""Per token of the context: the beginning of a text that shows whether it is far too long. All of
+megabytes would take seconds, in which no answer goes on."""
 NO_TOKENIZER: Final = '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'
 """Stands in for a model whose source had none."""
 
@@ -46,8 +49,9 @@ class Text:
                 "Remove the model and add it again."
             ) from exc
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a plain prompt, with the beginning-of-text token if the model wants one.
+    def encode(self, text: str, context: int | None = None) -> list[int]:
+        """Token ids of a plain prompt, with the beginning-of-text token if the model wants one. Of
+        text that is far too long for the context perhaps only the first: more than twice as many.
 
         Raises BadRequest when the model has no tokenizer.
         """
@@ -57,12 +61,14 @@ class Text:
                 "coeld bench.",
                 "prompt",
             )
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokens(text, context)
         bos = self._manifest.bos_token
         return [bos, *ids] if self._manifest.add_bos and bos is not None else ids
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation, ready for the assistant's turn. Raises BadRequest."""
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], context: int | None = None
+    ) -> list[int]:
+        """The same of a conversation, ready for the assistant's turn. Raises BadRequest."""
         if self._template is None:
             raise BadRequest(
                 f"{self._manifest.name} has no chat template: use /v1/completions.", "messages"
@@ -78,7 +84,16 @@ class Text:
             raise BadRequest(
                 f"the chat template refuses these messages: {exc}", "messages"
             ) from exc
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._tokens(text, context)
+
+    def _tokens(self, text: str, context: int | None) -> list[int]:
+        beginning = text if context is None else text[: context * LOOK_CHARS]
+        # as a batch, for only then other threads run meanwhile
+        (encoded,) = self._tokenizer.encode_batch_fast([beginning], add_special_tokens=False)
+        ids: list[int] = encoded.ids
+        if context is None or len(beginning) == len(text) or len(ids) > 2 * context:
+            return ids
+        return self._tokens(text, None)
 
     def stream(self, stop: Sequence[str] = ()) -> "Stream":
         return Stream(self._tokenizer, stop)

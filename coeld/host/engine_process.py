@@ -73,7 +73,7 @@ class EngineProcess:
     def send(self, message: dict[str, Any]) -> None:
         """Queue one message. A dead engine loses it; a stuck one is killed."""
         if self._writer.transport.get_write_buffer_size() > UNREAD_BYTES_MAX:
-            self._kill()
+            self.kill()
             return
         if not self._writer.is_closing():
             self._writer.write(encode(message))
@@ -102,6 +102,7 @@ class EngineProcess:
         self._writer.close()
         return await self._process.wait()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """At once; `receive` will tell that it has gone."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()

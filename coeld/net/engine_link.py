@@ -58,6 +58,9 @@ RESTART_S: Final = (0.2, 10.0)
 YOUNG_S: Final = 30.0
 """An engine that dies younger than this doubles the pause."""
 STATS_S: Final = 0.5
+PING_S: Final = 1.0
+UNANSWERED_MAX: Final = 5
+"""Pings in a row. Counted, not timed: while the agent itself is stopped or late, none is sent."""
 KILLED: Final = (-signal.SIGKILL, -signal.SIGTERM)
 """Exit statuses of an engine that did not end by itself."""
 
@@ -99,6 +102,8 @@ class EngineLink:
         """Why there is no open model, and what to do."""
         self._passing = True
         """Whether the trouble ends without anybody doing anything."""
+        self._unanswered = 0
+        """Pings since the engine last answered one."""
         self.restarts = 0
         self.links: tuple[MeasuredLink, ...] = ()
         """As the engine last found them."""
@@ -230,11 +235,16 @@ class EngineLink:
                 return
             self._process, why = process, "it was told to stop"
             async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(self._watch_store(), name="engine-store-watcher")
+                watchers = (
+                    group.create_task(self._watch_store(), name="engine-store-watcher"),
+                    group.create_task(self._ping(process), name="engine-ping"),
+                )
                 while (event := await process.receive()) is not None:
                     self._handle(event)
-                watcher.cancel()
-                why = "it closed its socket"
+                for watcher in watchers:
+                    watcher.cancel()
+                hung = self._unanswered >= UNANSWERED_MAX
+                why = "it hung and was killed" if hung else "it closed its socket"
         except* FrameError as group_error:
             why = f"it said something that is no message: {group_error.exceptions[0]}"
         except* StartError:
@@ -246,6 +256,17 @@ class EngineLink:
             self._gone()
             status = await process.stop()
             log.info("the engine has gone: %s (exit status %s)", why, status)
+
+    async def _ping(self, process: EngineProcess) -> None:
+        """Kill an engine that hangs: all else then goes as if it had crashed. Threads that compute
+        or load do not keep the one that answers from it."""
+        self._unanswered = 0
+        while self._unanswered < UNANSWERED_MAX:
+            process.send({"op": "ping"})
+            await asyncio.sleep(PING_S)
+            self._unanswered += 1
+        log.error("the engine has not answered %d pings: it is killed", self._unanswered)
+        process.kill()
 
     def _gone(self) -> None:
         """Everybody who waits for it learns so, before its process has ended."""
@@ -296,6 +317,8 @@ class EngineLink:
             kind = event["ev"]
             if kind in ("token", "done", "error"):
                 self._route(event)
+            elif kind == "pong":
+                self._unanswered = 0
             elif kind == "stats":
                 self._stats = event
                 self._stats_changed.set()

@@ -87,6 +87,9 @@ class FakeEngine:
         self.cancelled.append(message["id"])
         self.requests.pop(message["id"], None)
 
+    def op_ping(self, _: dict) -> None:
+        self.say("pong")
+
     def op_stats(self, _: dict) -> None:
         self.say(
             "stats",

@@ -1,5 +1,6 @@
 """Streaming text: what the user sees is what the tokens say, minus the stop string."""
 
+import threading
 from random import Random
 
 import pytest
@@ -45,6 +46,30 @@ def test_the_overlap_is_the_longest_end_that_may_become_a_stop() -> None:
     assert _overlap("abcab", ["abx", "cabz"]) == 3
     assert _overlap("abc", ["x"]) == 0
     assert _overlap("aaa", ["aaaa"]) == 3
+
+
+def test_of_text_that_is_far_too_long_only_the_beginning_is_looked_at(text, monkeypatch) -> None:
+    long = "the other 12 ab " * 500
+    whole = text.encode(long)
+    first = text.encode(long, 50)
+    assert 2 * 50 < len(first) < len(whole)
+    assert first[:-1] == whole[: len(first) - 1]
+    assert text.encode(long, len(whole)) == whole
+    monkeypatch.setattr("coeld.engine.text.LOOK_CHARS", 1)
+    assert text.encode(long, 50) == whole, "the beginning says nothing"
+    message = [{"role": "user", "content": long}]
+    monkeypatch.setattr("coeld.engine.text.LOOK_CHARS", 32)
+    assert 2 * 50 < len(text.encode_chat(message, 50)) < len(text.encode_chat(message))
+
+
+def test_other_threads_run_while_a_text_becomes_tokens(text) -> None:
+    encoding = threading.Thread(target=text.encode, args=("the other " * 20_000,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        encoding.join(0.001)
+        turns += 1
+    assert turns > 20
 
 
 def test_a_conversation_is_rendered_by_the_models_template(text) -> None:

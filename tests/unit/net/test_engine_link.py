@@ -1,7 +1,10 @@
-"""Requests while the model goes over to its next version: they wait, and are then answered."""
+"""Requests while the model goes over to its next version wait; an engine that hangs is replaced."""
 
 import asyncio
+import os
+import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,24 +12,29 @@ from typing import Any
 
 import pytest
 
-from coeld.errors import NoModel, Overloaded, Updating
-from coeld.events import Drained, EngineStarted, Event
+from coeld.engine.protocol import ENGINE_COMMAND
+from coeld.errors import EngineGone, NoModel, Overloaded, Updating
+from coeld.events import Drained, EngineStarted, EngineStopped, Event, LotsLoaded
 from coeld.model.store import Store
+from coeld.net import engine_link
 from coeld.net.answer import Lobby
 from coeld.net.engine_link import EngineLink
 from tests.fakes.run_agent import FAKE_ENGINE
+from tests.harness.engine import CALIBRATION
 from tests.unit.host.test_engine_process import OPTIONS
 
 ORDER = {"prompt": "hello", "max_tokens": 9}
+SAMPLING = {"temperature": 0, "top_p": 1.0, "top_k": 0, "seed": None, "stop": [], "kl_budget": None}
+REAL_ORDER = {"prompt": "the", "max_tokens": 200, **SAMPLING}
+FAKE = (sys.executable, str(FAKE_ENGINE))
 
 
 class Linked:
     """A link with a fake engine, and what it told the node."""
 
-    def __init__(self, store: Store, **options: Any) -> None:
+    def __init__(self, store: Store, command: tuple[str, ...] = FAKE, **options: Any) -> None:
         self.events: list[Event] = []
         self.changed = asyncio.Event()
-        command = (sys.executable, str(FAKE_ENGINE))
         settings = replace(OPTIONS, store_dir=store.root, **options)
         self.link = EngineLink(settings, "tiny", self.emit, command)
 
@@ -54,12 +62,21 @@ class Linked:
 
 @asynccontextmanager
 async def linked(store: Store, **options: Any) -> AsyncIterator[Linked]:
-    """On the older version, and admitting no requests."""
-    made = Linked(store, **options)
+    """With the older version open, and admitting no requests."""
+    async with started(store, **options) as made:
+        made.link.admit("a new version is rolled out")
+        yield made
+
+
+@asynccontextmanager
+async def started(
+    store: Store, command: tuple[str, ...] = FAKE, **options: Any
+) -> AsyncIterator[Linked]:
+    """With the oldest version open."""
+    made = Linked(store, command, **options)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(made.link.run())
         await made.until(lambda: made.opened == [1])
-        made.link.admit("a new version is rolled out")
         yield made
         running.cancel()
 
@@ -124,6 +141,50 @@ def test_who_waits_for_a_version_that_cannot_be_opened_learns_why(two_versions) 
             with pytest.raises(NoModel, match="a damaged blob"):
                 await asked
             assert swarm.link.serves is None
+
+    asyncio.run(main())
+
+
+def test_a_real_engine_that_hangs_in_an_answer_is_replaced(tiny_store, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(engine_link, "PING_S", 0.5)
+
+    async def main() -> None:
+        options = {"context_tokens": 256, "calibration": CALIBRATION}
+        async with started(tiny_store, ENGINE_COMMAND, **options) as swarm:
+            link = swarm.link
+            link.load(link.model.lots())
+            await swarm.until(lambda: any(isinstance(e, LotsLoaded) for e in swarm.events))
+            hung = link.pid
+
+            async def stop_it() -> None:
+                async with link.generate(REAL_ORDER) as answer:
+                    async for _event in answer:
+                        os.kill(hung, signal.SIGSTOP)
+
+            with pytest.raises(EngineGone):
+                await stop_it()
+            await swarm.until(lambda: swarm.opened == [1, 1])
+            assert any(isinstance(event, EngineStopped) for event in swarm.events)
+            assert link.pid != hung
+            assert link.restarts == 1
+
+    asyncio.run(main())
+    assert "5 pings" in caplog.text
+
+
+def test_while_the_agent_itself_is_late_no_engine_is_taken_for_hung(
+    tiny_store, monkeypatch
+) -> None:
+    monkeypatch.setattr(engine_link, "PING_S", 0.1)
+
+    async def main() -> None:
+        async with started(tiny_store) as swarm:
+            os.kill(swarm.link.pid, signal.SIGSTOP)
+            await asyncio.sleep(0.25)
+            time.sleep(1.0)  # noqa: ASYNC251 - ten pings, had this process not stood still
+            os.kill(swarm.link.pid, signal.SIGCONT)
+            assert (await swarm.ask())[0] == 1
+            assert swarm.link.restarts == 0
 
     asyncio.run(main())
 
