@@ -13,7 +13,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from random import Random
@@ -24,6 +24,7 @@ from coeld.api import listen
 from coeld.api.serve import serve
 from coeld.api.server import Api
 from coeld.config import Config, broker_at, split_address
+from coeld.deployment.expectation import expected_us, learned
 from coeld.effects import (
     Admit,
     Connect,
@@ -286,7 +287,24 @@ class Agent:
     def generate(self, request: dict[str, Any]) -> AbstractAsyncContextManager[Answer]:
         return self._engine.generate(request)
 
+    def _token(self, stats: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a token of a lone request took here along the present routes, and should take."""
+        demand, table = self._node.demand, self._node.switchover.table
+        if demand is None or table is None or "costs" not in stats:
+            return None
+        records, costs = self._node.market.records(), learned(stats["costs"])
+        predicted_us = expected_us(demand, table, self._node.node_id, records, costs)
+        measured_us, error_percent = stats["token_us"] or None, None
+        if predicted_us is not None and measured_us is not None:
+            error_percent = round(100 * (predicted_us / measured_us - 1), 1)
+        return {
+            "predicted_us": predicted_us,
+            "measured_us": measured_us,
+            "error_percent": error_percent,
+        }
+
     async def status(self) -> dict[str, Any]:
+        stats = await self._engine.stats()
         return {
             "versions": {"coeld": __version__, "python": platform.python_version()},
             "node": self._node.status(),
@@ -298,7 +316,8 @@ class Agent:
                 "context_tokens": self._engine.context_tokens,
                 "kernels": self._engine.kernels.table() if self._engine.kernels else {},
                 "links": [link._asdict() for link in self._engine.links],
-                "stats": await self._engine.stats(),
+                "token": self._token(stats),
+                "stats": stats,
             },
             "sensors": self._sensors.status(),
             "weights": self._weights.status(),

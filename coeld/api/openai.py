@@ -259,6 +259,7 @@ def usage(done: dict[str, Any]) -> dict[str, Any]:
             "prefill_s": done["prefill_s"],
             "decode_s": decode_s,
             "decode_tokens_per_s": round(speed, 2) if speed else None,
+            "decode_split": done["decode_split"],
             "stalls": done["stalls"],
             "wire": done["wire"],
             "narrow": done["narrow"],

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.datapath.choice import Seconds, choose
-from coeld.datapath.ports import Gates, PeerLink, Rows
-from coeld.datapath.quality import EXACT, Errors, Traffic
+from coeld.datapath.ports import Call, Gates, PeerLink, Rows
+from coeld.datapath.quality import EXACT, Errors
 from coeld.errors import PeerError
 from coeld.ids import NodeId
 
@@ -41,10 +41,8 @@ class Branch:
     calls: dict[NodeId, Any] = field(default_factory=dict)
     late_at_s: float = NEVER
     part: Rows | None = None
-    computed_us: int = 0
-    """Of the time that the part took, what its owner computed."""
-    traffic: Traffic = field(default_factory=Traffic)
-    """Of the call that gave the part."""
+    answer: Call | None = None
+    """The call that gave the part."""
 
 
 @dataclass(slots=True)
@@ -102,8 +100,7 @@ class Branches:
                 del branch.calls[node]
                 self.on_failure(node, call.outcome)
             elif call.outcome is not None and branch.part is None:
-                branch.part, branch.computed_us = call.outcome, call.computed_us
-                branch.traffic = call.traffic
+                branch.part, branch.answer = call.outcome, call
         if branch.part is not None:
             self.give_up([branch])
 

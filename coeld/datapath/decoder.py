@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
+from coeld.datapath.costs import layers_work, reach_work
 from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.frames import POSITION_MAX, SpanCall
 from coeld.datapath.journey import Journey
@@ -41,6 +42,7 @@ class Decoder:
     ) -> None:
         self.uses = Uses(layers, dispatcher.experts)
         """Of the experts, by all requests."""
+        self.costs = dispatcher.costs
         self._lane = lane
         self._dispatcher = dispatcher
         self._layers = layers
@@ -121,7 +123,11 @@ class Decoder:
                 self._dispatcher.on_failure(leg.node, exc)
             raise LegLost(str(exc)) from exc
         split, traffic = errand.split, reply.traffic
-        split.away(time.monotonic() - started_s, reply.computed_us / 1e6)
+        took_s, computed_s = time.monotonic() - started_s, reply.computed_us / 1e6
+        split.away(took_s, computed_s)
+        if len(x) == 1:
+            self.costs.note(layers_work(leg.stop - leg.first, leg.node), computed_s)
+            self.costs.note(reach_work(leg.node), took_s - computed_s)
         split.sent_bytes += traffic.sent_bytes
         split.received_bytes += traffic.received_bytes
         errand.quality.count_hop(traffic, len(x), x.size + rows.size)

@@ -25,6 +25,7 @@ from typing import Final
 import numpy as np
 
 from coeld.datapath.branches import Branch, Branches, Picked
+from coeld.datapath.costs import Costs, lots_work, reach_work
 from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
 from coeld.datapath.quality import Errors
 from coeld.errors import NotCovered, PeerError, PeerRefused
@@ -103,6 +104,8 @@ class Dispatcher:
     patience_s: float
     on_failure: Callable[[NodeId, PeerError], None]
     """Told about each failed call, so that the control plane can suspect the peer."""
+    costs: Costs = field(default_factory=Costs)
+    """What is learned from every row that is decoded."""
     failures: int = 0
     """Calls that failed at a peer that had not just failed."""
     _failed_at: dict[NodeId, float] = field(default_factory=dict)
@@ -119,6 +122,7 @@ class Dispatcher:
         What `waiter.quality` allows to be lost may be lost. Raises NotCovered, and what the waiter
         raises.
         """
+        waiter.split.cuts += 1
         errors = waiter.quality.errors(layer)
         if gates is not None and errors[1] > 0 and len(self.runner.here(layer)) < self.experts:
             gates, errors = waiter.quality.prune(layer, gates)
@@ -190,16 +194,32 @@ class Dispatcher:
             return None
         for branch in branches:
             assert branch.part is not None
+            assert branch.answer is not None
             rows, hidden = branch.x.shape
-            quality.count(layer, branch.traffic, rows, hidden, len(branches) + bool(shares.here))
+            traffic = branch.answer.traffic
+            quality.count(layer, traffic, rows, hidden, len(branches) + bool(shares.here))
             parts.append(_spread(branch.part, branch.picked, len(x)))
             gates_bytes = 0 if branch.gates is None else branch.gates.nbytes
-            split.sent_bytes += branch.traffic.sent_bytes + gates_bytes
-            split.received_bytes += branch.traffic.received_bytes
+            split.sent_bytes += traffic.sent_bytes + gates_bytes
+            split.received_bytes += traffic.received_bytes
         if branches:
             took_s = time.monotonic() - started_s - here_s
-            split.away(took_s, max(b.computed_us for b in branches) / 1e6 - here_s)
+            computed_us = max(b.answer.computed_us for b in branches if b.answer is not None)
+            split.away(took_s, computed_us / 1e6 - here_s)
+        if len(x) == 1:
+            self._note(len(shares.here), here_s, branches)
         return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0].copy())
+
+    def _note(self, lots: int, here_s: float, branches: list[Branch]) -> None:
+        """What one row cost at each owner, and to reach it where that could be seen."""
+        if lots:
+            self.costs.note(lots_work(lots), here_s)
+        for branch in branches:
+            call = branch.answer
+            assert call is not None
+            self.costs.note(lots_work(len(branch.experts), call.node), call.computed_us / 1e6)
+            if call.beyond_s is not None:
+                self.costs.note(reach_work(call.node), call.beyond_s)
 
     def _run_here(
         self, layer: int, here: frozenset[int], x: Rows, gates: Gates | None

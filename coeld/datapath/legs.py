@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from coeld.datapath.costs import graph_work
 from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.plan import Cut, Span
@@ -51,7 +52,10 @@ def run_leg(
                 case Span():
                     started_s = time.monotonic()
                     out, gates = part.run(step)
-                    waiter.split.trunk_s += time.monotonic() - started_s
+                    took_s = time.monotonic() - started_s
+                    waiter.split.trunk_s += took_s
+                    if len(x) == 1:
+                        dispatcher.costs.note(graph_work(step), took_s)
                 case Cut(layer):
                     assert out is not None
                     if uses is not None and gates is not None:

@@ -91,6 +91,14 @@ class Call(Protocol):
     """Experts that a peer runs."""
 
     traffic: Traffic
+    beyond_s: float | None
+    """Of the time that it took, what the peer did not compute; None: not yet, or nobody saw the
+    answer come."""
+
+    @property
+    def node(self) -> NodeId:
+        """The peer."""
+        ...
 
     @property
     def outcome(self) -> "Rows | PeerError | None":

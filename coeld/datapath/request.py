@@ -65,6 +65,9 @@ class Request:
     decode_s: float = 0.0
     """From its first token to its last, the turns of others included: what a reader sees."""
     decoding_since_s: float = 0.0
+    stepped: tuple[float, float, int, int] | None = None
+    """After its last decoded token, if nobody else had a turn: when that was, seconds and cuts of
+    `split` by then, and how often it had waited."""
     stalls_s: list[float] = field(default_factory=list)
     """How long it waited, each time an expert had no reachable owner."""
     split: Split = field(default_factory=Split)

@@ -13,6 +13,7 @@ one by one while that takes no longer than REPLAY_S.
 import time
 from typing import Final
 
+from coeld.datapath.costs import ANSWER, rest_work
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.request import Cancelled, FinishReason, LegLost, Request
 from coeld.datapath.sampling import choose
@@ -79,6 +80,7 @@ class Scheduler:
     def _begin_again(self, request: Request, lost: LegLost) -> NotCovered | None:
         """Let the caches go; the next step sets out anew. The error, when that is of no use."""
         self._end_journey(request)
+        request.stepped = None
         if request.lost_since_s is None:
             request.lost_since_s = time.monotonic()
         request.losses += 1
@@ -112,10 +114,23 @@ class Scheduler:
             return None  # the prompt goes on, or what is replayed
         if request.generated:
             request.decode_s = now - request.decoding_since_s
+            self._learn(request, len(chunk), now)
         if request.lost_since_s is not None:
             request.stalls_s.append(now - request.lost_since_s)
             request.losses, request.lost_since_s = 0, None
         return self._emit(request, choose(logits[0], request.sampling, request.generator))
+
+    def _learn(self, request: Request, rows: int, now: float) -> None:
+        """What a token took that had nobody else's turns, nor a search for owners, in it."""
+        split, before, request.stepped = request.split, request.stepped, None
+        if not rows == len(self.active) == 1:
+            return
+        request.stepped = now, split.spent_s, split.cuts, len(request.stalls_s)
+        if before is not None and before[3] == len(request.stalls_s):
+            took_s, spent_s = now - before[0], split.spent_s - before[1]
+            self._decoder.costs.note(ANSWER, took_s)
+            rest_s = max(0.0, took_s - spent_s)
+            self._decoder.costs.note(rest_work(split.cuts - before[2]), rest_s)
 
     def _next_tokens(self, request: Request) -> list[int]:
         """What the caches lack next; the chunks of a prompt are the same on every way."""

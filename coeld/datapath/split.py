@@ -19,6 +19,12 @@ class Split:
     sent_bytes: int = 0
     """Of rows and gate weights, without headers."""
     received_bytes: int = 0
+    cuts: int = 0
+    """Layers whose experts ran outside a graph of this device."""
+
+    @property
+    def spent_s(self) -> float:
+        return self.trunk_s + self.experts_s + self.wire_s + self.wait_s
 
     def away(self, took_s: float, computed_s: float) -> None:
         """This device waited `took_s` for calls; the peers computed `computed_s` of it."""

@@ -130,9 +130,11 @@ class CostModel:
         links: Links,
         free_calls: bool = False,
         spans: bool = True,
+        cut_us: int = CUT_US,
     ) -> None:
         """`free_calls`: reaching another device costs nothing, to see what calls cost; `spans`:
-        devices serve whole layers in one go where that is cheaper."""
+        devices serve whole layers in one go where that is cheaper; `cut_us`: what a call costs
+        beyond the link and the computing."""
         self.demand = demand
         self.spans = spans
         self.devices = tuple(devices)
@@ -142,6 +144,7 @@ class CostModel:
         self.tiers = tuple(devices[d].tiers[t] for d, t in self.sites)
         self.askers = tuple(d for d, device in enumerate(devices) if device.weight > 0)
         self.links = links
+        self._cut_us = cut_us
         self._void, self._when_called = _tables(demand.experts, demand.used)
         self._scale = max(1, demand.used * PPM // SHARES)
         self._reach = [
@@ -174,7 +177,7 @@ class CostModel:
         link = self.links(self.devices[asker].node, device.node)
         payload = 2 * self.demand.hidden * ROW_VALUE_BYTES
         wire = link.rtt_us * 1000 + payload * 1000 // max(1, link.mb_per_s)
-        return wire + (device.queue_us + device.call_us + CUT_US) * 1000
+        return wire + (device.queue_us + device.call_us + self._cut_us) * 1000
 
     # ---- one layer -------------------------------------------------------------------------
 

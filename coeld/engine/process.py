@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from coeld.datapath.costs import costs_to_json
 from coeld.datapath.dispatch import not_covered
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import FinishReason, Request
@@ -337,6 +338,9 @@ class Engine:
         model = self._model
         if model is not None and table.model == model.manifest.hash:
             self.narrow = narrow_experts(model.manifest, table.narrow)
+            before = model.board.table
+            if before is None or (before.owners, before.legs) != (table.owners, table.legs):
+                model.decoder.costs.rerouted()
             model.board.pin(table)
             self._loader_jobs.put(self._refit)
 
@@ -388,6 +392,8 @@ class Engine:
             "peers": peers,
             "refused": self._server.refused,
             "steps": model.plan if model else "",
+            "token_us": round(model.decoder.costs.token_s * 1e6) if model else 0,
+            "costs": costs_to_json(model.decoder.costs.fitted()) if model else [],
         }
 
 

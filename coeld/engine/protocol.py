@@ -42,7 +42,8 @@ Engine to agent (`ev`):
     measured    {links: [[node, rtt_us, rtt_p99_us, mb_per_s], …]}   see coeld.datapath.links; when
                                                               it has changed, at most every 2 s
     stats       {rss_bytes, weights_bytes, kv_bytes, guest_kv_bytes, lots, requests, peers:
-                 {node: {calls, failures, late, rtt_us_p50}}, steps: "…plan in one line…"}
+                 {node: {calls, failures, late, rtt_us_p50}}, steps: "…plan in one line…", token_us,
+                 costs: [[kind, node or "", microseconds], …]}    see coeld.datapath.costs
 
     pong        {}
 

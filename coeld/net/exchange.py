@@ -58,6 +58,8 @@ class ExpertCall:
     computed_us: int = 0
     """Of its time, what the peer computed."""
     traffic: Traffic = field(default_factory=Traffic)
+    beyond_s: float | None = None
+    """Of its time, what the peer did not compute, if somebody saw the answer come."""
     sent: Rows | None = None
     """Its rows as the peer has them, if the next call may refer to them."""
 

@@ -276,18 +276,19 @@ class ExpertCalls:
         """What an answer tells of the way to a peer, and of the link if no other device stands
         between. How long it took is known if somebody waited for it before it can have come."""
         straight = call.exchange.via is None
+        computed_s, took_s = call.computed_us * 1e-6, now_s - call.started_s
+        watched = call.exchange.watched_s - call.started_s <= computed_s
+        if watched and not call.first and not isinstance(call.outcome, PeerError):
+            call.beyond_s = took_s - computed_s
         if call.traffic.sent_bytes >= LINK_BYTES:
             if link := link_of(call.exchange.sock):
                 self.links[call.node] = link
                 if straight:
                     self.meter.delivered(call.node, link.bytes_per_s)
             return
-        computed_s, took_s = call.computed_us * 1e-6, now_s - call.started_s
-        watched = call.exchange.watched_s - call.started_s <= computed_s
-        answered = not call.first and not isinstance(call.outcome, PeerError)
-        if straight and watched and answered:
+        if straight and call.beyond_s is not None:
             payload_bytes = call.traffic.sent_bytes + call.traffic.received_bytes
-            self.meter.answered(call.node, took_s - computed_s, payload_bytes, now_s)
+            self.meter.answered(call.node, call.beyond_s, payload_bytes, now_s)
 
     def _end_if_overdue(self, exchange: Exchange, now_s: float) -> None:
         call = exchange.call

@@ -27,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(headline(status))
     console.print(f"this device: {this_device(status)}")
+    if text := token(status):
+        console.print(text)
     console.print(devices(status))
     if text := asked(status):
         console.print(text)
@@ -109,6 +111,18 @@ def this_device(status: dict[str, Any]) -> str:
             parts.append(f"{kind} kernels {kernels[kind]['1']['gb_per_s']:.1f} GB/s")
     parts += [f"{gpu['name']} (not used)" for gpu in sensors["gpus"]]
     return ", ".join(parts)
+
+
+def token(status: dict[str, Any]) -> str:
+    """What a token takes here, and what the cost model says that it should."""
+    found = status["engine"].get("token")
+    if not found or not found["predicted_us"]:
+        return ""
+    text = f"a token should take {found['predicted_us'] / 1000:.1f} ms here"
+    if found["measured_us"]:
+        text += f", and took {found['measured_us'] / 1000:.1f} ms"
+        text += f" (the prediction is {found['error_percent']:+.0f} % off)"
+    return text
 
 
 def devices(status: dict[str, Any]) -> "Table":

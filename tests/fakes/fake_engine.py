@@ -143,6 +143,7 @@ class FakeEngine:
                 "prompt_tokens": 7,
                 "prefill_s": 0.5,
                 "decode_s": 2.0,
+                "decode_split": {},
                 "stalls": [],
                 "wire": {},
                 "narrow": {},

@@ -182,6 +182,7 @@ DONE = {
     "completion_tokens": 5,
     "prefill_s": 0.1,
     "decode_s": 2.0,
+    "decode_split": {"trunk_s": 0.4, "cuts": 3},
     "stalls": [0.5],
     "wire": {"rows_bytes": 7},
     "narrow": {"experts": 16, "of": 240, "bits": 4},
@@ -195,6 +196,7 @@ def test_a_whole_answer_has_the_shape_of_openai() -> None:
     assert value["choices"][0]["finish_reason"] == "length"
     assert value["usage"]["total_tokens"] == 8
     assert value["usage"]["x_coeld"]["decode_tokens_per_s"] == 2.0
+    assert value["usage"]["x_coeld"]["decode_split"] == DONE["decode_split"]
     text = Reply("text", "cmpl-1", 9, "m").whole("hi", DONE)
     assert (text["object"], text["choices"][0]["text"]) == ("text_completion", "hi")
 

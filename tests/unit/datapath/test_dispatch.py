@@ -53,6 +53,7 @@ class Call:
 
     computed_us = 1_000_000_000
     traffic = Traffic(100, 50, (0.03, 0.04))
+    beyond_s = None
 
     def __init__(self, node: NodeId, outcome, slow: bool = False) -> None:
         self.node = node

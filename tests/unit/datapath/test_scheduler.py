@@ -5,6 +5,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.datapath.costs import ANSWER
 from coeld.datapath.request import Cancelled, LegLost, Request
 from coeld.datapath.sampling import Sampling
 from coeld.datapath.scheduler import LOSSES_MAX, PREFILL_CHUNK_TOKENS, Scheduler
@@ -22,6 +23,17 @@ class Journey:
         self.freed = True
 
 
+class Learned:
+    """Only counts the tokens that are learned from."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+
+    def note(self, work, took_s: float) -> None:
+        assert took_s >= 0
+        self.answers += work == ANSWER
+
+
 class CountingDecoder:
     """The next token is always the last one plus one; remembers what it was asked."""
 
@@ -31,6 +43,7 @@ class CountingDecoder:
         self.lost_after: list[int] = []
         """Passes after which a way is lost."""
         self.journeys: list[Journey] = []
+        self.costs = Learned()
 
     def depart(self) -> Journey:
         self.journeys.append(Journey())
@@ -191,3 +204,15 @@ def test_a_request_that_gets_nowhere_fails_with_what_to_do() -> None:
     assert isinstance(notes.end, NotCovered)
     assert "nobody there" in str(notes.end)
     assert len(decoder.journeys) == LOSSES_MAX + 1
+
+
+def test_only_tokens_without_others_turns_in_them_tell_what_a_token_costs() -> None:
+    decoder = CountingDecoder()
+    play(decoder, Request("a", [0] * 5, 6, Notes()))
+    assert decoder.costs.answers == 4, "from the second decoded token to the last"
+    play(decoder, Request("b", [0], 6, Notes()), Request("c", [0], 6, Notes()))
+    assert decoder.costs.answers == 4
+    decoder = CountingDecoder()
+    decoder.lost_after = [3]
+    play(decoder, Request("a", [0], 6, Notes()))
+    assert decoder.costs.answers == 2, "nor with a replay in it"
