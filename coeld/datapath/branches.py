@@ -6,6 +6,7 @@ comes second is given up. Branches wait together, so that two late ones cost the
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -38,8 +39,9 @@ class Branch:
     picked: Picked | None
     """Which of the layer's rows `x` are; None: all."""
     errors: Errors = EXACT
-    calls: dict[NodeId, Any] = field(default_factory=dict)
+    calls: list[tuple[NodeId, Any]] = field(default_factory=list)
     late_at_s: float = NEVER
+    again_s: float = NEVER
     part: Rows | None = None
     answer: Call | None = None
     """The call that gave the part."""
@@ -58,7 +60,7 @@ class Branches:
         now_s = time.monotonic()
         choice = choose(branch.nodes, len(branch.x), self.peers.paces, now_s)
         branch.nodes = choice.nodes
-        branch.late_at_s = now_s + choice.late_s
+        branch.late_at_s, branch.again_s = now_s + choice.late_s, choice.again_s
         self.seconds.first()
         self._ask(layer, branch, choice.nodes[0], addresses)
         if choice.along:
@@ -66,7 +68,7 @@ class Branches:
 
     def send(self, branches: list[Branch]) -> None:
         """Before this thread computes: see that the rows are on their way."""
-        calls = [call for branch in branches for call in branch.calls.values()]
+        calls = [call for branch in branches for _node, call in branch.calls]
         self.peers.send(calls, min((branch.late_at_s for branch in branches), default=0.0))
 
     def collect(self, layer: int, branches: list[Branch], addresses: Addresses) -> bool:
@@ -75,7 +77,7 @@ class Branches:
             if not all(branch.calls for branch in waiting):
                 self.give_up(branches)
                 return False
-            calls = [call for branch in waiting for call in branch.calls.values()]
+            calls = [call for branch in waiting for _node, call in branch.calls]
             late_at_s = min(branch.late_at_s for branch in waiting)
             if self.peers.ready(calls, late_at_s):
                 for branch in waiting:
@@ -89,15 +91,15 @@ class Branches:
     def give_up(self, branches: list[Branch]) -> None:
         """Wait for nothing of these branches any more."""
         for branch in branches:
-            for call in branch.calls.values():
+            for _node, call in branch.calls:
                 self.peers.give_up(call)
             branch.calls.clear()
 
     def _take(self, branch: Branch) -> None:
         """The first good answer of a branch, if there is one by now."""
-        for node, call in list(branch.calls.items()):
+        for node, call in list(branch.calls):
             if isinstance(call.outcome, PeerError):
-                del branch.calls[node]
+                branch.calls.remove((node, call))
                 self.on_failure(node, call.outcome)
             elif call.outcome is not None and branch.part is None:
                 branch.part, branch.answer = call.outcome, call
@@ -105,16 +107,20 @@ class Branches:
             self.give_up([branch])
 
     def _ask_again(self, layer: int, branch: Branch, addresses: Addresses) -> None:
-        """The branch is late: ask the next owner that has not been asked."""
-        branch.late_at_s = NEVER
-        rest = [node for node in branch.nodes if node not in branch.calls]
-        if rest and self.seconds.take():
-            self._ask(layer, branch, rest[0], addresses)
+        """The branch is late: ask the next owner that has not been asked; where packets get lost,
+        the one that has been asked least."""
+        branch.late_at_s = time.monotonic() + branch.again_s
+        asked = Counter(node for node, _call in branch.calls)
+        node = min(branch.nodes, key=lambda node: asked[node])
+        self.seconds.lost(self.peers.paces.losses.packets)
+        if (not asked[node] or branch.again_s < NEVER) and self.seconds.take():
+            self._ask(layer, branch, node, addresses)
 
     def _ask(self, layer: int, branch: Branch, node: NodeId, addresses: Addresses) -> None:
         try:
-            branch.calls[node] = self.peers.call(
+            call = self.peers.call(
                 node, addresses[node], layer, branch.experts, branch.x, branch.gates, branch.errors
             )
+            branch.calls.append((node, call))
         except PeerError as exc:
             self.on_failure(node, exc)

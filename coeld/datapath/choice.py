@@ -11,14 +11,15 @@ never measured is asked along once.
 
 A call that is late is asked again at the next best owner ("hedged request": Dean and Barroso, The
 Tail at Scale, 2013); the first answer wins. At most one call in ten is: on a network that is slow
-everywhere, twice the calls would make it slower still.
+everywhere, twice the calls would make it slower still. Where packets get lost (`losses.py`) a small
+call is asked again and again over other connections, by turns at all owners, until one answers.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from coeld.datapath.pace import Paces
+from coeld.datapath.pace import LATE_FACTOR, Paces
 from coeld.ids import NodeId
 
 CLEARLY: Final = 1.3
@@ -29,6 +30,11 @@ RETRY_S: Final = 10.0
 SECOND_SHARE: Final = 0.1
 SECOND_BURST: Final = 10.0
 """Second calls saved up at most: a device that has just turned slow, before that is known."""
+SECONDS_PER_LOSS: Final = 4
+"""Earned by a packet that was sent again: as often an answer was lost, and what is sent instead may
+be lost too."""
+LOSSY_S_MIN: Final = 0.008
+"""Where packets get lost, a call is late after this time at the earliest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,16 @@ class Choice:
     """Ask the second one at once as well."""
     late_s: float
     """Ask the next one when there is no answer after this time; inf: never."""
+    again_s: float = float("inf")
+    """Then one more each time that this time has passed; inf: no more."""
 
 
 def choose(nodes: Sequence[NodeId], rows: int, paces: Paces, now_s: float) -> Choice:
     """Order owners (at least one, the route table's favourite first) for a call with `rows`."""
-    if len(nodes) == 1:
-        return Choice((nodes[0],), False, float("inf"))
     ranked = list(nodes)
+    lossy_s = _lossy_s(ranked, rows, paces, now_s)
+    if len(ranked) == 1:
+        return Choice((ranked[0],), False, lossy_s, lossy_s)
     favourite = ranked[0]
     expected = {node: paces.expected_s(node, rows, now_s) for node in nodes}
     known = {node: s for node, s in expected.items() if s is not None}
@@ -55,7 +64,8 @@ def choose(nodes: Sequence[NodeId], rows: int, paces: Paces, now_s: float) -> Ch
         if known[favourite] > CLEARLY * known[quickest] and not _due(favourite, rows, paces, now_s):
             ranked.sort(key=lambda node: known.get(node, known[favourite]))
     along = rows <= PROBE_ROWS_MAX and _worth_hearing(ranked, favourite, rows, paces, now_s)
-    return Choice(tuple(ranked), along, _late_s(ranked, rows, paces))
+    late_s = min(lossy_s, _late_s(ranked, rows, paces))
+    return Choice(tuple(ranked), along, late_s, lossy_s)
 
 
 def _due(favourite: NodeId, rows: int, paces: Paces, now_s: float) -> bool:
@@ -87,14 +97,30 @@ def _late_s(ranked: Sequence[NodeId], rows: int, paces: Paces) -> float:
     return min(paced) if paced and len(ranked) > 1 else float("inf")
 
 
+def _lossy_s(nodes: Sequence[NodeId], rows: int, paces: Paces, now_s: float) -> float:
+    """After what time a call is late that would have been answered if no packet had been lost; inf:
+    none are lost, or the call is so large that more of them would be lost for it."""
+    if rows > PROBE_ROWS_MAX or not paces.losses.lossy(nodes, now_s):
+        return float("inf")
+    paced = [pace.quarter_s for node in nodes if (pace := paces.of(node, rows)) is not None]
+    return max(LOSSY_S_MIN, LATE_FACTOR * min(paced)) if paced else float("inf")
+
+
 @dataclass(slots=True)
 class Seconds:
-    """How many second calls may be made: a share of the first ones."""
+    """How many second calls may be made: a share of the first ones, and some per lost packet."""
 
     saved: float = SECOND_BURST
+    _lost_packets: int = 0
 
     def first(self) -> None:
         self.saved = min(self.saved + SECOND_SHARE, SECOND_BURST)
+
+    def lost(self, packets: int) -> None:
+        """So many packets have been lost so far."""
+        earned = SECONDS_PER_LOSS * (packets - self._lost_packets)
+        self._lost_packets = packets
+        self.saved = min(self.saved + earned, SECOND_BURST)
 
     def take(self) -> bool:
         """Whether one more is allowed; counts it."""

@@ -6,6 +6,9 @@ deviations. Unlike there the memory is also bounded in time, about MEMORY_S: a p
 once a second is believed at once, one that answers a thousand calls a second is averaged over the
 last eight.
 
+Packets that get lost make both useless: most calls are quick then, and a few take a hundred times
+as long. So there is also a time that one call in four stays below.
+
 A peer that still owes an answer, because another was quicker, is expected to need at least as long
 as it has been silent already.
 """
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import Final
 
+from coeld.datapath.losses import Losses
 from coeld.ids import NodeId
 
 GAIN: Final = 1 / 8
@@ -24,6 +28,9 @@ MEMORY_S: Final = 0.5
 LATE_FACTOR: Final = 2.0
 LATE_S_MIN: Final = 0.003
 """Above the mean: shorter waits are the operating system's, not the peer's."""
+QUARTER_DOWN: Final = 0.91
+QUARTER_UP: Final = 1.03
+"""Steps after calls that took less, and more: three of these undo one of those."""
 
 
 @dataclass(slots=True)
@@ -34,6 +41,11 @@ class Pace:
     deviation_s: float
     at_s: float
     """When it was last heard."""
+    quarter_s: float = 0.0
+    """A quarter of the calls take less."""
+
+    def __post_init__(self) -> None:
+        self.quarter_s = self.mean_s
 
     def add(self, took_s: float, now_s: float) -> None:
         old = 1 - exp(-max(now_s - self.at_s, 0.0) / MEMORY_S)
@@ -42,6 +54,7 @@ class Pace:
         self.deviation_s += gain * (abs(error_s) - self.deviation_s)
         self.mean_s += max(GAIN, old) * error_s
         self.at_s = now_s
+        self.quarter_s *= QUARTER_DOWN if took_s < self.quarter_s else QUARTER_UP
 
     @property
     def late_s(self) -> float:
@@ -54,6 +67,7 @@ class Pace:
 class Paces:
     """All peers of one decoder. At most one entry per peer and power of two."""
 
+    losses: Losses = field(default_factory=Losses)
     _known: dict[tuple[NodeId, int], Pace] = field(default_factory=dict)
     _owing: dict[NodeId, float] = field(default_factory=dict)
 

@@ -12,7 +12,8 @@ from typing import Final
 from coeld.compression.prediction import Past
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header
-from coeld.net.exchange import OPTIONS, peer_errors
+from coeld.net.exchange import peer_errors
+from coeld.net.sockets import prepare
 
 RECEIVE_BYTES: Final = 1 << 14
 """At first: a row of a large model and its gate weights."""
@@ -22,8 +23,7 @@ class Connection:
     """See the module. Not thread-safe."""
 
     def __init__(self, sock: socket.socket) -> None:
-        for level, option, value in OPTIONS:
-            sock.setsockopt(level, option, value)
+        prepare(sock)
         sock.settimeout(None)
         self.sock = sock
         self.past: Past | None = None

@@ -7,8 +7,10 @@ allocate is bounded by what was asked, before it is read.
 """
 
 import contextlib
+import select
 import socket
 import struct
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,22 +25,13 @@ from coeld.datapath.frames import HEADER, Header, Kind
 from coeld.datapath.quality import Traffic
 from coeld.errors import FrameError, PeerError, PeerGone, PeerSlow
 from coeld.ids import NodeId
+from coeld.net.sockets import DIAL_S, dial
 
 PIECES_MAX: Final = 64
 """Handed to one sendmsg: below the kernel's limit."""
 TCP_INFO_BYTES: Final = 192
 UNWATCHED_S: Final = 0.0001
 """Between two looks at a connection; longer, and its caller has done something else meanwhile."""
-OPTIONS: Final = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
-)
-"""Nothing waits for more bytes. Seconds of silence, between probes, probes: a machine that vanished
-is noticed in 25 s."""
-
 Rows = NDArray[np.float32]
 
 
@@ -88,6 +81,12 @@ class Exchange:
     """What the last call left on both ends."""
     watched_s: float = 0.0
     """Since when its caller has done nothing but wait for it, or for others as well."""
+    redial_at_s: float = float("inf")
+    """If it is not connected by then, another attempt is to be made: `pump` does so."""
+    _where: tuple[str, int] = ("", 0)
+    """What the socket connects to."""
+    _redial_s: float = DIAL_S
+    _resent: int = 0
     _greeted: bool = False
     _out: deque[memoryview] = field(default_factory=deque)
     _in: bytearray = field(default_factory=lambda: bytearray(1 << 14))
@@ -102,23 +101,13 @@ class Exchange:
     ) -> "Exchange":
         """Begin to connect, straight or through another device, and to introduce ourselves.
         Raises PeerGone."""
-        via, (host, port) = through or (None, address)
+        via, where = through or (None, address)
         if via is not None:
             hello = {**hello, "to": node}
         with peer_errors():
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            for level, option, value in OPTIONS:
-                sock.setsockopt(level, option, value)
-            try:
-                socket.inet_pton(family, host)  # a name would block on its resolution
-                sock.connect((host, port))
-            except BlockingIOError:
-                pass
-            except OSError:
-                sock.close()
-                raise
-        exchange = Exchange(node, address, sock, via)
+            sock = dial(where)
+        exchange = Exchange(node, address, sock, via, _where=where)
+        exchange.redial_at_s = time.monotonic() + DIAL_S
         exchange._out.extend(map(memoryview, frames.pack_text(Kind.HELLO, 0, hello)))
         return exchange
 
@@ -144,9 +133,16 @@ class Exchange:
     def pump(self) -> None:
         """Send and receive what can be without waiting. Raises PeerError: then close it."""
         with peer_errors():
+            if self.redial_at_s <= (now_s := time.monotonic()):
+                self._redial(now_s)
             if self._out:
                 self._send()
             self._receive()
+
+    def resent(self) -> int:
+        """How many packets had to be sent again since the last look."""
+        before, self._resent = self._resent, resent_of(self.sock)
+        return self._resent - before
 
     def watch(self, now_s: float) -> None:
         """The caller begins to wait, or goes on."""
@@ -158,6 +154,19 @@ class Exchange:
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
+    def _redial(self, now_s: float) -> None:
+        """Unless it is connected: the first packet, or its answer, may be lost."""
+        poller = select.poll()
+        poller.register(self.sock, select.POLLOUT)
+        if poller.poll(0):
+            self.redial_at_s = float("inf")
+            return
+        self.sock.close()
+        self.sock = dial(self._where)
+        self._resent = 0
+        self._redial_s *= 2
+        self.redial_at_s = now_s + self._redial_s
+
     def _send(self) -> None:
         while self._out:
             pieces = [self._out[n] for n in range(min(len(self._out), PIECES_MAX))]
@@ -165,6 +174,7 @@ class Exchange:
                 sent = self.sock.sendmsg(pieces)
             except BlockingIOError:
                 return
+            self.redial_at_s = float("inf")
             while self._out and sent >= len(self._out[0]):
                 sent -= len(self._out.popleft())
             if sent:
@@ -247,6 +257,15 @@ def peer_errors() -> Any:
         raise PeerSlow("no answer before the deadline") from exc
     except (OSError, EOFError) as exc:
         raise PeerGone(f"connection lost: {exc!r}") from exc
+
+
+def resent_of(sock: socket.socket) -> int:
+    """Packets of a connection that were sent again: tcpi_total_retrans, at 100 in tcp_info."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+    except OSError:
+        return 0
+    return int(struct.unpack_from("=I", info, 100)[0]) if len(info) >= 104 else 0
 
 
 def link_of(sock: socket.socket) -> LinkSpeed | None:

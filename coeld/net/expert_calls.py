@@ -31,6 +31,8 @@ FREE_CONNECTIONS_MAX: Final = 8
 """Kept to a peer while nobody calls it."""
 OWED_MAX: Final = 4
 """Answers that a peer may owe before it is not called any more."""
+OWED_LOSSY_MAX: Final = 12
+"""The same where packets get lost: most of these answers are on their way."""
 ROW_LAYER_S: Final = 0.005
 """What a deadline allows for each row and layer: a slow device, its link, others before us."""
 RTT_SAMPLES: Final = 256
@@ -71,8 +73,10 @@ class ExpertCalls:
         self._reach = reach
         self._free: dict[NodeId, list[Exchange]] = {}
         self._owing: list[Exchange] = []
+        self._heard_s: dict[NodeId, float] = {}
+        """When peers last answered."""
         self._lock = threading.Lock()
-        """Guards both, and what is counted."""
+        """Guards these, and what is counted."""
         self._ids = itertools.count(1)
         self.paces = Paces()
         self.links: dict[NodeId, LinkSpeed] = {}
@@ -93,9 +97,10 @@ class ExpertCalls:
         """Begin to send rows (n, H) that may err so much. Never waits. Raises PeerError."""
         if self._owing:
             self._sweep()
-        if sum(exchange.node == node for exchange in self._owing) >= OWED_MAX:
-            raise PeerSlow(f"{OWED_MAX} answers are owed")
         call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
+        owed_max = OWED_LOSSY_MAX if self.paces.losses.lossy((node,), now_s) else OWED_MAX
+        if sum(exchange.node == node for exchange in self._owing) >= owed_max:
+            raise PeerSlow(f"{owed_max} answers are owed")
         exchange = self._taken(node, address, now_s) or self._opened(node, address)
         if exchange.via is not None and (straight := self._reach.look(node, address)) is not None:
             exchange.close()
@@ -212,11 +217,13 @@ class ExpertCalls:
             poller.register(exchange.sock, 5 if exchange.sending else 1)  # POLLIN 1, POLLOUT 4
             by_fd[exchange.sock.fileno()] = exchange
             assert exchange.call is not None
-            until_s = min(until_s, exchange.call.deadline_s)
+            until_s = min(until_s, exchange.call.deadline_s, exchange.redial_at_s)
         for fd, _events in poller.poll(max(0.0, until_s - time.monotonic()) * 1000):
             self._pump(by_fd[fd])
         now_s = time.monotonic()
         for exchange in exchanges:
+            if exchange.call is not None and exchange.redial_at_s <= now_s:
+                self._pump(exchange)
             self._end_if_overdue(exchange, now_s)
 
     def _sweep(self) -> None:
@@ -229,7 +236,7 @@ class ExpertCalls:
             assert call is not None
             self._pump(exchange)
             self._end_if_overdue(exchange, time.monotonic())
-            if isinstance(call.outcome, PeerError):
+            if isinstance(call.outcome, PeerError) and not self._stuck(call, call.outcome):
                 lost.append((call.node, call.outcome))
         with self._lock:
             self._owing += [exchange for exchange in owing if exchange.call is not None]
@@ -257,7 +264,11 @@ class ExpertCalls:
         self._measure(call, now_s)
         if call.first and call.exchange.via is None:
             self._reach.works(call.node)
+        packets = call.exchange.resent()
         with self._lock:
+            if packets:
+                self.paces.losses.note(call.node, packets, now_s)
+            self._heard_s[call.node] = now_s
             stats = self.stats_of(call.node)
             if isinstance(call.outcome, PeerError):
                 stats.failures += 1
@@ -298,12 +309,18 @@ class ExpertCalls:
             self._break(exchange, PeerSlow("no answer before the deadline"))
         exchange.silent_s = now_s
 
+    def _stuck(self, call: ExpertCall, error: PeerError) -> bool:
+        """Only its connection is: the peer has answered others since."""
+        heard_s = self._heard_s.get(call.node, float("-inf"))
+        return isinstance(error, PeerSlow) and heard_s > call.started_s
+
     def _break(self, exchange: Exchange, error: PeerError) -> None:
         """Close a connection: its call has failed, and so may the others that are free."""
         exchange.close()
-        self.hang_up(exchange.node)
-        self._reach.failed(exchange.node, exchange.via)
         call, exchange.call = exchange.call, None
+        if call is None or not self._stuck(call, error):
+            self.hang_up(exchange.node)
+            self._reach.failed(exchange.node, exchange.via)
         now_s = time.monotonic()
         with self._lock:
             self.stats_of(exchange.node).failures += 1

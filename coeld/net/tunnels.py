@@ -10,7 +10,8 @@ import socket
 from typing import Final
 
 from coeld.errors import PeerError
-from coeld.net.exchange import OPTIONS, peer_errors
+from coeld.net import sockets
+from coeld.net.exchange import peer_errors
 
 CONNECT_S: Final = 0.5
 STUCK_S: Final = 5.0
@@ -21,10 +22,7 @@ PIECE_BYTES: Final = 1 << 16
 def connect(address: tuple[str, int]) -> socket.socket:
     """Raises PeerGone, PeerSlow."""
     with peer_errors():
-        sock = socket.create_connection(address, timeout=CONNECT_S)
-        for level, option, value in OPTIONS:
-            sock.setsockopt(level, option, value)
-        return sock
+        return sockets.connect(address, CONNECT_S)
 
 
 def hand_on(address: tuple[str, int], said: bytes) -> socket.socket:

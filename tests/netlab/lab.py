@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Self
@@ -133,9 +133,15 @@ class Lab:
         """Every process of a device, grandchildren included."""
         return self._groups[name].pids()
 
+    @contextlib.contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Sockets that this thread makes now are a device's."""
+        with self._namespaces[name].open("rb") as namespace, namespaces.inside(namespace.fileno()):
+            yield
+
     def socket(self, name: str, kind: int) -> socket.socket:
         """An IPv4 socket of a device, for use in this process."""
-        with self._namespaces[name].open("rb") as namespace, namespaces.inside(namespace.fileno()):
+        with self.inside(name):
             return socket.socket(socket.AF_INET, kind)
 
     def link(self, a: str, b: str, **values: float) -> None:

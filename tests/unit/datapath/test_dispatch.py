@@ -75,6 +75,8 @@ class Peers:
         self.asked: list[tuple[NodeId, tuple[int, ...]]] = []
         self.rows = 0
         self.slow: set[NodeId] = set()
+        self.slow_calls = float("inf")
+        """Calls after so many are answered at once."""
         self.errors = EXACT
         self.calls: list[Call] = []
         self.paces = Paces()
@@ -89,7 +91,8 @@ class Peers:
         if fault is None and not set(experts) <= self.owners[node]:
             fault = PeerRefused("not here")
         outcome = fault if fault is not None else summed(layer, experts, x, gates)
-        self.calls.append(Call(node, outcome, node in self.slow))
+        slow = node in self.slow and len(self.calls) < self.slow_calls
+        self.calls.append(Call(node, outcome, slow))
         return self.calls[-1]
 
     def send(self, calls, until_s): ...
@@ -247,6 +250,19 @@ def test_the_only_owner_is_waited_for_however_late_it_is() -> None:
     made = dispatcher(Runner(set()), peers, routes(peers.owners))
     assert np.allclose(made.run(0, X, None, request()), WHOLE)
     assert len(peers.asked) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_packets_get_lost_owners_are_asked_by_turns_until_one_answers(count: int) -> None:
+    nodes = NODES[:count]
+    peers = Peers({node: set(range(EXPERTS)) for node in nodes})
+    measured(peers)
+    peers.slow, peers.slow_calls = set(nodes), 5
+    peers.paces.losses.note(nodes[0], 1, time.monotonic())
+    made = dispatcher(Runner(set()), peers, routes(peers.owners))
+    assert np.allclose(made.run(0, X, None, request()), WHOLE)
+    assert [node for node, _ in peers.asked] == (nodes * 6)[:6]
+    assert [call.given_up for call in peers.calls] == [True] * 5 + [False]
 
 
 def test_a_branch_is_asked_again_only_where_all_of_its_experts_are() -> None:

@@ -4,7 +4,8 @@ from random import Random
 
 import pytest
 
-from coeld.datapath.choice import CLEARLY, PROBE_S, RETRY_S, Seconds, choose
+from coeld.datapath.choice import CLEARLY, LOSSY_S_MIN, PROBE_S, RETRY_S, Seconds, choose
+from coeld.datapath.losses import LOSSY_S
 from coeld.datapath.pace import LATE_S_MIN, Paces
 from coeld.ids import NodeId
 
@@ -117,6 +118,43 @@ def test_second_calls_are_a_tenth_of_the_first() -> None:
         seconds.first()
         allowed += seconds.take()
     assert 100 <= allowed <= 110
+
+
+def test_lost_packets_earn_second_calls_once() -> None:
+    seconds = Seconds(saved=0.0)
+    assert not seconds.take()
+    seconds.lost(2)
+    seconds.lost(2)
+    assert [seconds.take() for _ in range(9)] == [True] * 8 + [False]
+
+
+def test_what_a_quarter_of_the_calls_take_is_not_moved_by_those_whose_packets_were_lost() -> None:
+    rng, paces = Random(1), heard(a=0.001)
+    pace = paces.of(A, 1)
+    assert pace is not None
+    for number in range(1000):
+        took_s = rng.uniform(0.0008, 0.0012) if rng.random() < 0.5 else rng.uniform(0.02, 0.5)
+        paces.took(A, 1, took_s, number * 0.1)
+        assert pace.quarter_s < 0.002
+    assert pace.late_s > 0.1
+    for number in range(200):
+        paces.took(A, 1, 0.010, 100 + number * 0.1)
+    assert pace.quarter_s == pytest.approx(0.010, rel=0.15)
+
+
+def test_where_packets_get_lost_small_calls_are_late_sooner_and_again_and_again() -> None:
+    paces = heard(a=0.030, b=0.020)
+    paces.losses.note(B, 1, 1.0)
+    lossy = choose([A, B], 1, paces, 1.1)
+    assert lossy.late_s == lossy.again_s == pytest.approx(0.040, rel=0.02)
+    alone = choose([B], 1, paces, 1.1)
+    assert alone.late_s == alone.again_s == pytest.approx(0.040, rel=0.02)
+    assert choose([A], 1, paces, 1.1).late_s == INF  # nothing was lost on the way to A
+    assert choose([A, B], 256, paces, 1.1).again_s == INF
+    assert choose([A, B], 1, paces, 1.0 + LOSSY_S).again_s == INF
+    quick = heard(a=0.001, b=0.001)
+    quick.losses.note(B, 1, 1.0)
+    assert choose([A, B], 1, quick, 1.1).again_s == LOSSY_S_MIN
 
 
 @pytest.mark.parametrize("seed", range(20))

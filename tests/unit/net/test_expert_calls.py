@@ -89,6 +89,39 @@ def test_a_given_up_call_that_is_never_answered_closes_the_connection_and_is_tol
     pool.close()
 
 
+def test_one_stuck_call_says_nothing_against_a_peer_that_answers_others() -> None:
+    lost: list[tuple[NodeId, PeerError]] = []
+    pool = PeerPool(introduction(CALLER), 0.2, lambda node, exc: lost.append((node, exc)))
+    go = threading.Event()
+
+    def stuck(layer, experts, x, gates):
+        if layer == 7:
+            go.wait(5)
+        return run(layer, experts, x, gates)
+
+    server = PeerServer("127.0.0.1", 0)
+    server.serve(introduction(SERVER), HIDDEN, stuck)
+    ask(pool, server)
+    pool.give_up(pool.call(SERVER, (server.host, server.port), 7, [1, 2], X, None))
+    end = time.monotonic() + 5
+    while not pool.stats()[SERVER].failures and time.monotonic() < end:
+        assert np.array_equal(ask(pool, server), X * 4)
+    assert pool.stats()[SERVER].failures == 1
+    assert lost == []
+    go.set()
+    server.close()
+    pool.close()
+
+
+def test_where_packets_get_lost_a_peer_may_owe_more(pool, sluggish) -> None:
+    opened(pool, sluggish)
+    pool.paces.losses.note(SERVER, 1, time.monotonic())
+    for _ in range(6):
+        call = sluggish.call(pool)
+        pool.send([call], time.monotonic() + 1)
+        pool.give_up(call)
+
+
 def test_a_peer_that_owes_too_many_answers_is_not_called_until_it_has_given_one(
     pool, sluggish
 ) -> None:
