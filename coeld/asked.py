@@ -7,7 +7,7 @@ layer of which nothing is known takes one character.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -28,6 +28,18 @@ _TEXT: Final = re.compile(rf"[0-9A-Za-z_.\-]{{1,{POPULARITY_CHARS_MAX}}}\Z")
 
 Popularity = tuple[bytes, ...]
 """Per layer the level of each of its experts; b"": nothing is known. Empty: nothing at all."""
+
+
+EVIDENCE: Final = 16
+"""Uses per expert of a layer before anything is said about it: a mean expert's is then known to a
+quarter."""
+
+
+def levels_of(counts: Sequence[float]) -> bytes:
+    """The nearest level of each. Products of two numbers only, so the same on every machine."""
+    mean = sum(counts) / len(counts)
+    steps = [mean * mean * 4.0 ** (level - EVEN) for level in range(1, LEVELS)]
+    return bytes(sum(2 * count * count >= step for step in steps) for count in counts)
 
 
 class Rates(NamedTuple):

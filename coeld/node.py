@@ -442,7 +442,7 @@ class Node:
         self._out += [Report(complaint)] if complaint else []
         model = event.demand.model if event.demand else None
         if self.asking.model != model:
-            self.asking = Asking(model)
+            self.asking = Asking(model, event.demand.prior if event.demand else ())
         self.perception.tell(
             model=model,
             asked=self.asking.told,

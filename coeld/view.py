@@ -5,6 +5,7 @@ Plain frozen values without behaviour beyond checks. Units are in the names.
 
 from dataclasses import dataclass
 
+from coeld.asked import Popularity
 from coeld.ids import Lot, ModelHash
 
 
@@ -55,6 +56,8 @@ class ModelDemand:
     popularity: tuple[tuple[int, ...], ...] = ()
     """Per layer and expert: the probability that a token uses it, in millionths. Empty: all the
     same."""
+    prior: Popularity = ()
+    """What a calibration text told of that, until devices tell what they are asked for."""
 
     narrow_lot_bytes: int = 0
     """Bytes of a lot that is held in fewer bits than it is stored in; 0: no lot can be."""

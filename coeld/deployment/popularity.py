@@ -1,7 +1,8 @@
 """How often a token uses each expert, from what all devices tell of their own tokens. Pure.
 
 A device counts as much as it is asked for. The same records give the same integers everywhere. Of
-layers that nobody tells of, all experts are taken to be used alike.
+layers that nobody tells of, experts are taken to be used as by the text on which the model was
+calibrated, or all alike.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,21 +42,29 @@ def observed(demand: ModelDemand, records: Iterable[Record]) -> ModelDemand:
         for record in sorted(records, key=lambda r: r.origin)
         if record.asked.popularity
     )
-    if not told:
+    prior = (1, demand.prior)
+    if not told and not any(demand.prior):
         return demand
-    return replace(demand, popularity=_mean(demand.layers, demand.experts, demand.used, told))
+    sizes = demand.layers, demand.experts, demand.used
+    return replace(demand, popularity=_mean(*sizes, told, prior))
 
 
 @lru_cache(maxsize=16)
-def _mean(layers: int, experts: int, used: int, told: Told) -> tuple[tuple[int, ...], ...]:
+def _mean(
+    layers: int, experts: int, used: int, told: Told, prior: tuple[int, Popularity]
+) -> tuple[tuple[int, ...], ...]:
+    def rows(some: Told, layer: int) -> list[tuple[int, bytes]]:
+        found = [(weight, levels[layer]) for weight, levels in some if layer < len(levels)]
+        return [(weight, row) for weight, row in found if len(row) == experts]
+
     return tuple(
-        _layer_mean(experts, used, [(w, rows[i]) for w, rows in told if i < len(rows)])
-        for i in range(layers)
+        _layer_mean(experts, used, rows(told, layer) or rows((prior,), layer))
+        for layer in range(layers)
     )
 
 
 def _layer_mean(experts: int, used: int, rows: Sequence[tuple[int, bytes]]) -> tuple[int, ...]:
-    known = [(w, _probabilities(row, used)) for w, row in rows if len(row) == experts]
+    known = [(w, _probabilities(row, used)) for w, row in rows]
     total = sum(w for w, _ in known)
     if not total:
         return (used * PPM // experts,) * experts

@@ -120,8 +120,8 @@ class _Layer:
 
     @property
     def popularity(self) -> Doubles:
-        mean: Doubles = self.gates.mean(axis=1)
-        return mean
+        part: Doubles = (self.gates > 0).mean(axis=1)
+        return part
 
     @property
     def loud(self) -> NDArray[np.bool_]:

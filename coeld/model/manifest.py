@@ -211,9 +211,11 @@ class Manifest:
 
     @property
     def hash(self) -> ModelHash:
-        """Same content, same hash, whatever people call it and whatever led to it."""
+        """Same content, same hash, whatever people call it. What the market is told is content."""
         value = self._value()
         del value["name"], value["source"], value["licence"], value["statistics"]
+        if prior := self.statistics and self.statistics.levels():
+            value["prior"] = [row.hex() for row in prior]
         text = json.dumps({"format": FORMAT, **value}, sort_keys=True)
         return ModelHash(hashlib.sha256(text.encode()).hexdigest())
 
@@ -260,6 +262,7 @@ class Manifest:
             hidden=self.shape.hidden,
             embedding_bytes=0 if self.tied else tensor_bytes(self.embedding),
             head_bytes=tensor_bytes(self.head),
+            prior=self.statistics.levels() if self.statistics else (),
             kv_bytes_per_token=8 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim,
         )
 

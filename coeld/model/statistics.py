@@ -1,6 +1,6 @@
 """What a calibration text told about each expert; kept in the manifest. Pure.
 
-Popularity is how often the text's tokens are routed to an expert, times their gate weight. The
+Popularity is how often the text's tokens are routed to an expert; the market begins with it. The
 errors are what storing it in few bits is expected to cost: the Kullback-Leibler divergence, in
 nats per token, of the model's predictions from those of the exact model (see `importance`).
 """
@@ -8,6 +8,8 @@ nats per token, of the model's predictions from those of the exact model (see `i
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Final
+
+from coeld.asked import EVEN, EVIDENCE, Popularity, levels_of
 
 TEXT_CHARS_MAX: Final = 256
 COUNT_MAX: Final = 1 << 40
@@ -25,9 +27,17 @@ class Statistics:
     tokens: int
     """Of it that were measured."""
     popularity: Layers
-    """Mean gate weight over all tokens; 1 in dense models, 0 if no token chose the expert."""
+    """Part of the tokens that chose the expert; 1 in dense models."""
     errors: dict[int, Layers]
     """By width in bits. Never 0 throughout: see `importance`."""
+
+    def levels(self) -> Popularity:
+        """Popularity as the market takes it, of layers of which enough was seen to say anything
+        and whose experts are not all used alike; empty if there are none."""
+        seen = [sum(row) * self.tokens >= EVIDENCE * len(row) for row in self.popularity]
+        found = zip(map(levels_of, self.popularity), seen, strict=True)
+        rows = tuple(row if known and set(row) != {EVEN} else b"" for row, known in found)
+        return rows if any(rows) else ()
 
 
 def parse_statistics(value: dict[str, Any], layers: int, experts: int) -> Statistics:

@@ -9,7 +9,7 @@ says so less than once per half-life, at times that follow from the rate alone.
 import math
 from typing import Final
 
-from coeld.asked import NOTHING, RATE_MAX, Asked, Rates
+from coeld.asked import NOTHING, RATE_MAX, Asked, Popularity, Rates
 from coeld.events import Used
 from coeld.ids import ModelHash
 from coeld.perception.popularity import Habit
@@ -23,7 +23,7 @@ ALMOST: Final = 1 + 1e-9
 class Asking:
     """Of one model: what was asked of another says nothing about it."""
 
-    def __init__(self, model: ModelHash | None = None) -> None:
+    def __init__(self, model: ModelHash | None = None, prior: Popularity = ()) -> None:
         self.model = model
         self.told = NOTHING
         """What was told last."""
@@ -31,7 +31,7 @@ class Asking:
         """When a rate will have halved since it was told, if nothing happens."""
         self._rates = [0.0] * len(Rates._fields)
         self._at = float("-inf")
-        self._habit = Habit()
+        self._habit = Habit(prior)
 
     def count(self, used: Used, now: float) -> None:
         """The engine tells what it was asked for since it last did."""

@@ -12,12 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from coeld.asked import EVEN, LEVELS, Popularity
+from coeld.asked import EVEN, EVIDENCE, Popularity, levels_of
 
 HALF_LIFE_S: Final = 1800.0
-EVIDENCE: Final = 16
-"""Uses per expert of a layer before anything is said about it: a mean expert's is then known to a
-quarter."""
 MOVED_PERCENT: Final = 10
 TELL_S: Final = 300.0
 
@@ -25,7 +22,9 @@ TELL_S: Final = 300.0
 class Habit:
     """The counts of one device and one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior: Popularity = ()) -> None:
+        """`prior`: what others take for granted of layers that nobody tells of."""
+        self._prior = prior
         self._counts: dict[int, list[float]] = {}
         self._at = self._told_at = float("-inf")
         self._told: Popularity = ()
@@ -65,9 +64,9 @@ class Habit:
         counts = self._counts.get(layer, ())
         if not counts or sum(counts) < EVIDENCE * len(counts):
             return told
-        exact = _exact(counts)
-        nearest = bytes(min(LEVELS - 1, round(level)) for level in exact)
-        before = told or bytes([EVEN] * len(counts))
+        exact, nearest = _exact(counts), levels_of(counts)
+        granted = self._prior[layer] if layer < len(self._prior) else b""
+        before = told or granted or bytes([EVEN] * len(counts))
         moved = bytes(
             level if abs(found - now) > 1 else now
             for found, level, now in zip(exact, nearest, before, strict=True)

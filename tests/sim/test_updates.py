@@ -211,6 +211,28 @@ def test_experts_follow_popularity_when_it_drifts_and_not_when_it_is_noise() -> 
     checkers.at_rest(world)
 
 
+def test_a_calibrated_model_is_placed_by_what_its_text_used_before_anybody_asks() -> None:
+    row = bytes([7 if expert < 3 else 3 for expert in range(16)])
+    calibrated = replace(ROUTED, prior=(row,) * ROUTED.layers)
+    gains = []
+    for seed in range(3):
+        plain, known = (swarm(seed, [38, 34, 30], CALM, each) for each in (ROUTED, calibrated))
+        for world in (plain, known):
+            world.run(30)
+        same_facts(known)
+        gains.append(price_ns(known, served(plain)) - price_ns(known))
+    assert min(gains) >= 0
+    assert max(gains) > 0
+    uses = {layer: tuple(16 * 2**level for level in row) for layer in range(ROUTED.layers)}
+    for _ in range(10):
+        known.feed(known.device(0), Used(1, 10, 50, uses))
+        known.run(60)
+    node = known.device(0).node
+    assert node is not None
+    assert node.perception.me.asked.rates.tokens > 0
+    assert node.perception.me.asked.popularity == (), "everybody takes that for granted"
+
+
 def measure_links(world: World, far: Device | None, far_us: int, rng: Random | None = None) -> None:
     """Every device measures its links, those of `far` as so long, ±10 % with `rng`."""
     for device in world.up():

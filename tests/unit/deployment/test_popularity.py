@@ -35,6 +35,20 @@ def test_levels_are_factors_of_two_and_layers_of_which_nothing_is_known_are_even
     assert 2 * PPM - 8 <= sum(second) <= 2 * PPM
 
 
+def test_what_a_calibration_told_counts_for_layers_that_nobody_tells_of() -> None:
+    hot, cold = bytes([6, 5, 4, 4, 4, 4, 3, 3]), bytes([2] + [4] * 7)
+    calibrated = replace(DEMAND, prior=(hot, cold))
+    before = observed(calibrated, [record(1), record(2)]).popularity
+    assert before == observed(DEMAND, [record(1, list(hot), list(cold))]).popularity
+    told = list(bytes([4] * 7 + [7]))
+    after = observed(calibrated, [record(1), record(2, [], told)]).popularity
+    assert after[0] == before[0]
+    assert after[1] == observed(DEMAND, [record(2, [], told)]).popularity[1]
+    partly = replace(DEMAND, prior=(hot, b""))
+    assert observed(partly, []).popularity == (before[0], EVENLY)
+    assert observed(replace(DEMAND, prior=(b"", b"")), []).popularity == ()
+
+
 def test_no_expert_is_used_more_than_always() -> None:
     ((row, _),) = [observed(DEMAND, [record(1, [7, 7, 7, 0, 0, 0, 0, 0])]).popularity]
     assert max(row) < PPM

@@ -113,11 +113,12 @@ def test_fewer_bits_cost_more_and_nothing_is_free(name: str, measured) -> None:
     assert all(error > 0 for table in statistics.errors.values() for row in table for error in row)
 
 
-def test_popularity_is_the_mean_gate(measured) -> None:
-    _, routed = measured[ROUTED]  # whose gates add up to 1
-    assert [pytest.approx(1, abs=2e-3)] * len(routed.popularity) == list(
-        map(sum, routed.popularity)
-    )
+def test_popularity_is_the_part_of_tokens_that_chose_an_expert(measured) -> None:
+    plan, routed = measured[ROUTED]
+    sums = [pytest.approx(plan.shape.top_k, abs=2e-3)] * plan.shape.layers
+    assert list(map(sum, routed.popularity)) == sums
+    counts = [64 * part for part in routed.popularity[0]]
+    assert counts == [pytest.approx(round(count), abs=0.01) for count in counts]
     plan, dense = measured[DENSE]
     assert dense.popularity == ((1.0,) * plan.shape.experts,) * plan.shape.layers
 
@@ -195,7 +196,7 @@ def test_a_plan_keeps_its_budget_and_beats_uniform_widths(measured) -> None:
     assert failure.value.smallest_bytes == smallest
 
 
-def test_statistics_are_kept_and_are_no_part_of_the_hash(measured, tmp_path) -> None:
+def test_of_statistics_only_what_the_market_is_told_is_part_of_the_hash(measured, tmp_path) -> None:
     plan, statistics = measured[ROUTED]
     precision = Precision(4, 8, statistics)
     manifest = import_checkpoint(
@@ -208,5 +209,20 @@ def test_statistics_are_kept_and_are_no_part_of_the_hash(measured, tmp_path) -> 
     again = parse_manifest(manifest.to_json())
     assert again.statistics == statistics
     assert again == manifest
-    assert replace(manifest, statistics=None).hash == manifest.hash
+
+    def hashed(**changes: object) -> str:
+        return replace(manifest, statistics=replace(statistics, **changes)).hash
+
+    layers, even = plan.shape.layers, (0.5,) * plan.shape.experts
+    bare = replace(manifest, statistics=None).hash
+    assert hashed(text="another", errors={8: statistics.errors[8]}) == manifest.hash
+    assert hashed(tokens=1) == hashed(popularity=(even,) * layers) == bare, "nothing is told"
+    skewed = ((0.8, 0.2, *even[2:]), *(even,) * (layers - 1))
+    assert len({bare, hashed(popularity=skewed), hashed(popularity=skewed[::-1])}) == 3
+    same = tuple(tuple(part * 1.01 for part in row) for row in skewed)
+    assert hashed(popularity=same) == hashed(popularity=skewed), "in levels"
+    calibrated = replace(manifest, statistics=replace(statistics, popularity=skewed))
+    assert calibrated.demand().prior[0] == bytes([5, 3] + [4] * (len(even) - 2))
+    assert set(calibrated.demand().prior[1:]) == {b""}
+    assert parse_manifest(calibrated.to_json()).demand() == calibrated.demand()
     assert parse_manifest(replace(manifest, statistics=None).to_json()).statistics is None

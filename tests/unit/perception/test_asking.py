@@ -1,14 +1,15 @@
 """What a device is asked for: smoothed, told in steps, and never for noise."""
 
+import math
 from random import Random
 
 import pytest
 
-from coeld.asked import EVEN, NOTHING, Asked, Rates
+from coeld.asked import EVEN, EVIDENCE, LEVELS, NOTHING, Asked, Rates, levels_of
 from coeld.events import Used
 from coeld.ids import ModelHash
 from coeld.perception.asking import HALF_LIFE_S, Asking
-from coeld.perception.popularity import EVIDENCE, TELL_S, Habit, total_variation
+from coeld.perception.popularity import TELL_S, Habit, total_variation
 
 MODEL = ModelHash("5e" * 32)
 
@@ -106,6 +107,33 @@ def test_levels_say_how_often_experts_are_used() -> None:
     habit.count({0: rows(rng, SKEWED, 40_000)}, 0.0)
     (row,) = habit.told(True, 0.0)  # the mean weight is 18 / 8 = 2.25
     assert [level - EVEN for level in row] == [2, 1, 0, -1, -1, -1, -2, -2]
+
+
+def test_what_a_calibration_told_already_is_not_told_again_and_what_differs_is() -> None:
+    rng = Random(1)
+    row = rows(rng, SKEWED, 40_000)
+    prior = (levels_of(row), b"")
+    habit = Habit(prior)
+    habit.count({0: rows(rng, SKEWED, 4000), 1: row}, 0.0)
+    assert habit.told(True, 0.0) == (b"", levels_of(row))
+    habit = Habit(prior)
+    habit.count({0: rows(rng, SKEWED[::-1], 4000)}, 0.0)
+    (told,) = habit.told(True, 0.0)
+    assert told == levels_of(rows(rng, SKEWED[::-1], 40_000))
+    habit = Habit(prior)
+    habit.count({0: rows(rng, [1.0] * 8, 40_000)}, 0.0)
+    assert habit.told(True, 0.0) == (bytes([EVEN] * 8),), "even use is news where it was not even"
+
+
+def test_levels_are_the_nearest_powers_of_two() -> None:
+    rng = Random(2)
+    for _ in range(300):
+        counts = [rng.lognormvariate(0, 2) for _ in range(rng.randint(1, 40))]
+        mean = sum(counts) / len(counts)
+        exact = [EVEN + math.log2(count / mean) for count in counts]
+        expected = [min(LEVELS - 1, max(0, round(level))) for level in exact]
+        assert list(levels_of(counts)) == expected
+    assert levels_of([0, 0, 3]) == bytes([0, 0, 6])
 
 
 def test_a_few_uses_say_nothing_and_even_use_is_never_told() -> None:
