@@ -333,7 +333,7 @@ class Node:
             wish = self._wish(self.demand, urgent, settled, now)
             plan = self.migration.plan(wish, *self.demand.sizes)
             self._bid_wanted |= bool(plan.load or plan.drop)
-            self._serve(self.demand, now, settled and not self.migration.busy)
+            self._serve(self.demand, now, urgent and not self.migration.busy)
         self._switch(self.demand, settled and self.market.complete)
         self._close(self.demand)
         if plan.drop:

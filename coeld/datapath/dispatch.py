@@ -133,6 +133,7 @@ class Dispatcher:
             total = self._attempt(layer, chosen, x, gates, errors, waiter)
             if total is not None:
                 break
+            waiter.check()  # there may be a better way by now than to ask again
             if self.failures > failures:
                 continue  # a peer failed that had not just failed: another may do
             now = time.monotonic()
@@ -297,10 +298,10 @@ class Dispatcher:
         return failed is not None and time.monotonic() - failed < COOLDOWN_S
 
     def _wait(self, layer: int, version: int, left_s: float, waiter: Waiter) -> None:
-        waiter.check()
         if left_s <= 0:
             raise self._not_covered(layer)
         self.board.wait(version, min(left_s, WAIT_S_MAX))
+        waiter.check()
 
     def _not_covered(self, layer: int) -> NotCovered:
         missing = self.board.table.missing_bytes if self.board.table else 0

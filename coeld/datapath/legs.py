@@ -3,8 +3,9 @@
 For this device's own requests (coeld.datapath.decoder) and for those of a guest, another device
 some of whose layers run here. A guest's keys and values belong to its connection: only that
 connection's thread touches them, nothing is locked, and they go when it closes. The caller says
-how many tokens it believes to be cached; if that is not so the call is refused as CacheLost, and
-the caller rebuilds from its tokens. So neither side computes on a cache that is not the request's.
+how many tokens it believes to be cached; if there are fewer the call is refused as CacheLost, and
+the caller rebuilds them. So neither side computes on a cache that is not the request's. If there
+are more, the caller goes back: what follows is another pass in place of one that failed elsewhere.
 """
 
 import threading
@@ -25,6 +26,9 @@ from coeld.errors import CacheLost, NotCovered, PeerRefused
 
 CACHES_PER_CALLER_MAX: Final = 64
 """Legs of requests that one connection may have caches for."""
+GUEST_PATIENCE_S: Final = 0.5
+"""That a guest's call waits for experts: its caller gives up after its deadline, takes this device
+for lost, and can look for another way itself."""
 
 
 def run_leg(
@@ -84,15 +88,22 @@ class Ledger:
 
 @dataclass(slots=True)
 class Patient:
-    """A guest's call: it waits for experts as long as the dispatcher allows."""
+    """A guest's call: it waits for experts for GUEST_PATIENCE_S in all."""
 
     stalls_s: list[float] = field(default_factory=list)
     split: Split = field(default_factory=Split)
     quality: Quality = field(default_factory=Quality)
     """Exact: what its own request may lose, it does not say."""
+    _until_s: float | None = None
 
     def check(self) -> None:
-        """The caller may have gone; its connection will tell when the answer is written."""
+        """Raises PeerRefused. That the caller has gone its connection will tell when the answer is
+        written."""
+        now_s = time.monotonic()
+        if self._until_s is None:
+            self._until_s = now_s + GUEST_PATIENCE_S
+        elif now_s >= self._until_s:
+            raise PeerRefused("experts of these layers cannot be reached from here")
 
 
 class Guest:
@@ -124,9 +135,10 @@ class Guest:
             self._drop(key)
             self._begin(key)
         cache = self._caches.get(key)
-        if cache is None or cache.length != asked.position:
+        if cache is None or cache.length < asked.position:
             held = "none" if cache is None else cache.length
             raise CacheLost(f"of request {asked.number} {asked.position} tokens, {held} are cached")
+        cache.length = asked.position
         tokens = cache.length + len(x)
         if not self._ledger.change(cache.bytes, cache.bytes_for(tokens)):
             raise PeerRefused("no memory is left for the caches of guests")
@@ -147,12 +159,20 @@ class Guest:
         if not self._caches:
             self._lane.trim()
 
+    def borders(self) -> set[int]:
+        """Where the legs begin and end that there are caches for. Any thread."""
+        keys = list(self._caches)
+        return {border for _number, first, stop in keys for border in (first, stop)}
+
     def close(self) -> None:
         for key in list(self._caches):
             self._drop(key)
 
     def _begin(self, key: tuple[int, int, int]) -> None:
-        _number, first, stop = key
+        number, first, stop = key
+        for other in list(self._caches):  # of a way that this one mends
+            if other[0] == number and other[1] < stop and first < other[2]:
+                self._drop(other)
         if len(self._caches) >= CACHES_PER_CALLER_MAX:
             raise PeerRefused(f"{CACHES_PER_CALLER_MAX} caches are in use already")
         if not self._lane.can_run(first, stop, head=False):

@@ -93,6 +93,14 @@ def fusible_layers(
     return whole.intersection(*[frozenset().union(*spans)])
 
 
+def span_around(table: RouteTable | None, me: NodeId, layer: int) -> range:
+    """The layers of the span that this device serves and that contains the layer."""
+    for leg in table.spans if table is not None else ():
+        if leg.node == me and leg.first <= layer < leg.stop:
+            return range(leg.first, leg.stop)
+    return range(layer, layer + 1)
+
+
 def borders_of(table: RouteTable | None, me: NodeId) -> frozenset[int]:
     """Where legs that run on this device begin and end: those of its own requests, and the spans
     that it serves."""

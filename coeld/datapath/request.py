@@ -49,6 +49,8 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     eos_tokens: frozenset[int] = frozenset()
     journey: Journey | None = None
+    astray: bool = False
+    """Its journey cannot go on: another has to mend it."""
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
     tokens: list[int] = field(default_factory=list)
     """The prompt and what was generated: all that is needed to begin again elsewhere."""
@@ -80,6 +82,11 @@ class Request:
     @property
     def generated(self) -> int:
         return max(0, len(self.tokens) - len(self.prompt))
+
+    @property
+    def replay_s(self) -> float:
+        """What it takes to run it again so far, at the pace until now without its stalls."""
+        return max(0.0, self.prefill_s + self.decode_s - sum(self.stalls_s))
 
     def check(self) -> None:
         """Raise Cancelled if it was."""

@@ -3,11 +3,11 @@
 A step is a chunk of a prompt or one token, so a long prompt does not silence the answers that are
 already streaming. Not thread-safe: the decoder's thread owns it.
 
-A request that loses its way (a device with some of its keys and values is gone) begins again from
-its tokens: the prompt in the same chunks as before, then what was generated, of which nothing is
-said twice. One by one the generated tokens give the bits of the first time, in chunks they do not:
-a logit of SmolLM2 changes by up to 0.35, enough to flip a near-tie. So greedy answers are replayed
-one by one while that takes no longer than REPLAY_S.
+A request that loses its way (a device with some of its keys and values is gone) is mended: the
+layers that are lost run again for its tokens, the prompt in the same chunks as before, then what
+was generated, of which nothing is said twice. One by one the generated tokens give the bits of the
+first time, in chunks they do not: a logit of SmolLM2 changes by up to 0.35, enough to flip a
+near-tie. So greedy answers are replayed one by one while that takes no longer than REPLAY_S.
 """
 
 import time
@@ -15,6 +15,7 @@ from typing import Final
 
 from coeld.datapath.costs import ANSWER, rest_work
 from coeld.datapath.decoder import Decoder
+from coeld.datapath.journey import Journey
 from coeld.datapath.request import Cancelled, FinishReason, LegLost, Request
 from coeld.datapath.sampling import choose
 from coeld.datapath.split import Split
@@ -78,9 +79,8 @@ class Scheduler:
             request.journey = None
 
     def _begin_again(self, request: Request, lost: LegLost) -> NotCovered | None:
-        """Let the caches go; the next step sets out anew. The error, when that is of no use."""
-        self._end_journey(request)
-        request.stepped = None
+        """The next step sets out on another way. The error, when that is of no use."""
+        request.astray, request.stepped = True, None
         if request.lost_since_s is None:
             request.lost_since_s = time.monotonic()
         request.losses += 1
@@ -91,18 +91,25 @@ class Scheduler:
                 "ask again.",
                 0,
             )
-        replay_s = request.decode_s / max(request.generated - 1, 1) * request.generated
-        request.exact = request.sampling.temperature <= 0 and replay_s <= REPLAY_S
-        request.cached = 0
         return None
+
+    def _depart(self, request: Request) -> Journey:
+        before = request.journey
+        request.journey = journey = self._decoder.depart(before)
+        request.astray, request.cached = False, journey.length
+        if before is not None:
+            replay_s = request.replay_s * journey.behind
+            request.exact = request.sampling.temperature <= 0 and replay_s <= REPLAY_S
+        return journey
 
     def _step(self, request: Request) -> FinishReason | None:
         """Prefill a chunk or decode a token. Why the request has ended, if it has."""
         started = time.monotonic()
-        if request.journey is None:
-            request.journey = self._decoder.depart()
-        chunk = self._next_tokens(request)
-        logits = self._decoder.forward(request.journey, chunk, [len(chunk) - 1], request)
+        journey = request.journey
+        if journey is None or request.astray:
+            journey = self._depart(request)
+        chunk = self._next_tokens(request, journey)
+        logits = self._decoder.forward(journey, chunk, [len(chunk) - 1], request)
         request.cached += len(chunk)
         now = time.monotonic()
         if not request.generated:
@@ -132,12 +139,13 @@ class Scheduler:
             rest_s = max(0.0, took_s - spent_s)
             self._decoder.costs.note(rest_work(split.cuts - before[2]), rest_s)
 
-    def _next_tokens(self, request: Request) -> list[int]:
+    def _next_tokens(self, request: Request, journey: Journey) -> list[int]:
         """What the caches lack next; the chunks of a prompt are the same on every way."""
         at, prompt = request.cached, len(request.prompt)
         if at < prompt:
             return request.prompt[at : at + PREFILL_CHUNK_TOKENS]
-        return request.tokens[at : at + (1 if request.exact else PREFILL_CHUNK_TOKENS)]
+        stop = at + (1 if request.exact else PREFILL_CHUNK_TOKENS)
+        return request.tokens[at : min(stop, journey.stop() or stop)]
 
     def _emit(self, request: Request, token: int) -> FinishReason | None:
         if token in request.eos_tokens:

@@ -8,13 +8,15 @@ then on runs them. When the last part on the old ones has ended, the loader lets
 with the next chunk: in memory twice is never more than a chunk, and no token waits for a load.
 
 Where graphs must end (legs of requests, spans served) is part of the plan too: a chunk is also
-built anew when the borders in it have changed.
+built anew when the borders in it have changed. Borders of legs that are under way stay, whatever
+newer routes say, and so do layers open that are called singly (coeld.datapath.doors).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from coeld.datapath.dispatch import RouteBoard
+from coeld.datapath.doors import Doors
 from coeld.datapath.plan import Span, Step, borders_of, chunks, compile_plan, fusible_layers
 from coeld.engine.experts import ExpertSet
 from coeld.engine.sessions import Session, give_memory_back, let_go
@@ -53,8 +55,18 @@ class Change:
 class Fitter:
     """One thread, the loader's."""
 
-    def __init__(self, trunk: Trunk, experts: ExpertSet, board: RouteBoard, me: NodeId) -> None:
+    def __init__(
+        self,
+        trunk: Trunk,
+        experts: ExpertSet,
+        board: RouteBoard,
+        me: NodeId,
+        doors: Doors,
+        in_use: Callable[[], Collection[int]],
+    ) -> None:
+        """`in_use` are the borders of legs under way."""
         self._trunk, self._experts, self._board, self._me = trunk, experts, board, me
+        self._doors, self._in_use = doors, in_use
         self._form = Form()
         self.adopted: Change | None = None
         """What waits to be settled."""
@@ -95,7 +107,9 @@ class Fitter:
         would be held twice."""
         table, layers = self._board.table, self._trunk.shape.layers
         experts, lots = self._trunk.shape.experts, self._experts.fusible
-        wanted = Form(fusible_layers(experts, lots, table, self._me), borders_of(table, self._me))
+        fused = fusible_layers(experts, lots, table, self._me) - self._doors.open()
+        borders = borders_of(table, self._me) | self._form.borders.intersection(self._in_use())
+        wanted = Form(fused, borders)
         if not self._trunk.steps:
             return wanted
         for chunk in chunks(layers):

@@ -4,22 +4,25 @@ Put together here for the daemon's engine and for `coeld bench` and `coeld eval`
 what is measured is what runs.
 """
 
+import threading
 import time
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from coeld.datapath.decoder import Decoder
 from coeld.datapath.dispatch import Dispatcher, RouteBoard
+from coeld.datapath.doors import Doors
 from coeld.datapath.legs import Guest, Ledger
-from coeld.datapath.plan import Span, describe
-from coeld.datapath.ports import PeerLink
+from coeld.datapath.plan import Span, describe, span_around
+from coeld.datapath.ports import PeerLink, Rows
 from coeld.datapath.request import Request
 from coeld.datapath.scheduler import Scheduler
 from coeld.engine.experts import ExpertSet
 from coeld.engine.fitting import Fitter
 from coeld.engine.text import Text
 from coeld.engine.trunk import Trunk
-from coeld.errors import ContextTooLong, PeerError
+from coeld.errors import ContextTooLong, PeerError, PeerRefused
 from coeld.ids import NodeId
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
@@ -66,14 +69,20 @@ class OpenModel:
         self.decoder = Decoder(self.trunk.lane(), self.dispatcher, layers, new_cache)
         self.scheduler = Scheduler(self.decoder)
         self.guests = Ledger(guests_max * new_cache().bytes_for(self.context_tokens))
+        self.doors = Doors()
+        self._hosts: weakref.WeakSet[Guest] = weakref.WeakSet()
+        self._hosts_lock = threading.Lock()
         self._turned_s = float("-inf")
         """When the last turn ended; the decoder's."""
-        self.fitter = Fitter(self.trunk, self.experts, self.board, me)
+        self.fitter = Fitter(
+            self.trunk, self.experts, self.board, me, self.doors, self._borders_in_use
+        )
 
     def is_answering(self) -> bool:
-        """Whether tokens flow: a request that waits for lots wants them loaded at full speed."""
+        """Whether tokens flow: a request that waits for lots, or that was thrown back, wants them
+        loaded at full speed."""
         flowing = time.monotonic() - self._turned_s < FLOWING_S
-        return flowing and bool(self.scheduler.active)
+        return flowing and any(r.lost_since_s is None for r in list(self.scheduler.active))
 
     def turn(self) -> None:
         """One step of every request."""
@@ -103,7 +112,7 @@ class OpenModel:
 
     def welcome(self) -> Guest:
         """For one caller whose layers run here, in one thread of its own."""
-        return Guest(
+        made = Guest(
             self.trunk.lane(),
             self.dispatcher,
             self.manifest.shape.layers,
@@ -111,6 +120,31 @@ class OpenModel:
             self.trunk.new_cache,
             self.guests,
         )
+        with self._hosts_lock:
+            self._hosts.add(made)
+        return made
+
+    def run_for_peer(self, layer: int, experts: Sequence[int], x: Rows, gates: Rows | None) -> Rows:
+        """A call expert by expert. Raises PeerRefused; if only because the layer is part of a graph
+        it will be taken out of it, with the next refit."""
+        try:
+            rows = self.experts.run(layer, experts, x, gates)
+        except PeerRefused:
+            self.doors.called(span_around(self.board.table, self.me, layer))
+            raise
+        self.doors.called((layer,))
+        return rows
+
+    def _borders_in_use(self) -> frozenset[int]:
+        """Of legs of this device's requests and of its guests'. Any thread."""
+        with self._hosts_lock:
+            hosts = list(self._hosts)
+        borders = {border for host in hosts for border in host.borders()}
+        for request in list(self.scheduler.active):
+            journey = request.journey
+            if journey is not None and len(journey.way) > 1:
+                borders |= {border for leg in journey.way for border in (leg.first, leg.stop)}
+        return frozenset(borders)
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:
         """Check that the request fits the context and set its length.

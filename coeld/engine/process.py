@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from coeld.datapath.costs import costs_to_json
 from coeld.datapath.dispatch import not_covered
+from coeld.datapath.ports import Rows
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import FinishReason, Request
 from coeld.datapath.sampling import Sampling
@@ -30,7 +32,7 @@ from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threa
 from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
 from coeld.engine.watch import Watch, Watched
-from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError
+from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError, PeerRefused
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.model.narrow import NARROW_BITS, narrow_experts
 from coeld.model.store import Store
@@ -153,7 +155,7 @@ class Engine:
         started = time.monotonic()
         model.turn()
         took_s = time.monotonic() - started
-        if self._loading:
+        if self._loading and model.is_answering():
             time.sleep(min(max(0.0, self._turn_s * (1 + YIELD_SHARE) - took_s), YIELD_S_MAX))
         else:
             self._turn_s += (took_s - self._turn_s) * TURN_SMOOTHING
@@ -195,7 +197,7 @@ class Engine:
         self._server.serve(
             introduction,
             manifest.shape.hidden,
-            model.experts.run,
+            partial(self._run_for_peer, model),
             model.welcome,
             self._addresses,
         )
@@ -286,7 +288,7 @@ class Engine:
     def _load(self) -> None:
         while True:
             try:
-                job = self._loader_jobs.get(timeout=SETTLE_S if self._settling() else None)
+                job = self._loader_jobs.get(timeout=self._pause_s())
             except queue.Empty:
                 self._refit()
                 continue
@@ -296,9 +298,12 @@ class Engine:
             job()
             self._loading = False
 
-    def _settling(self) -> bool:
+    def _pause_s(self) -> float | None:
+        """When to look again whether graphs can be brought in line; None: not by itself."""
         model = self._model  # it may be let go at any time
-        return model is not None and model.fitter.adopted is not None
+        if model is None:
+            return None
+        return SETTLE_S if model.fitter.adopted is not None else model.doors.shuts_in_s()
 
     def _load_lots(self, lots: list[Lot], narrow: bool) -> None:
         named = [list(lot) for lot in lots]
@@ -343,6 +348,15 @@ class Engine:
                 model.decoder.costs.rerouted()
             model.board.pin(table)
             self._loader_jobs.put(self._refit)
+
+    def _run_for_peer(
+        self, model: OpenModel, layer: int, experts: Sequence[int], x: Rows, gates: Rows | None
+    ) -> Rows:
+        try:
+            return model.run_for_peer(layer, experts, x, gates)
+        except PeerRefused:
+            self._loader_jobs.put(self._refit)
+            raise
 
     def _addresses(self) -> Mapping[NodeId, tuple[str, int]]:
         table = self._model.board.table if self._model is not None else None

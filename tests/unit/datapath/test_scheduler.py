@@ -15,9 +15,17 @@ VOCAB = 16
 
 
 class Journey:
+    """Nothing of the one before is left."""
+
+    length = 0
+    behind = 1.0
+
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.freed = False
+
+    def stop(self) -> None:
+        return None
 
     def free(self) -> None:
         self.freed = True
@@ -45,7 +53,9 @@ class CountingDecoder:
         self.journeys: list[Journey] = []
         self.costs = Learned()
 
-    def depart(self) -> Journey:
+    def depart(self, before: Journey | None = None) -> Journey:
+        if before is not None:
+            before.free()
         self.journeys.append(Journey())
         return self.journeys[-1]
 

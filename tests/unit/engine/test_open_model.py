@@ -92,7 +92,7 @@ def test_a_growing_cache_keeps_what_it_holds(tiny, tiny_store) -> None:
     model.hold_everything()
     tokens = (TOKENS * 7)[:256]
     journey, request = model.decoder.depart(), Request("r", tokens, 0, Silent())
-    cache = journey.here
+    cache = journey.stages[0].cache
     cache._move(32)  # far below the usual room, so that it grows several times
     for token in tokens:
         cache_before = cache.capacity
@@ -160,7 +160,7 @@ def test_an_answer_that_ended_leaves_no_kv_cache_behind(whole) -> None:
     request = Request("r", TOKENS[:9], 3, Silent())
     whole.scheduler.submit(request)
     whole.scheduler.turn()
-    keys = weakref.ref(request.journey.here._arrays[0])
+    keys = weakref.ref(request.journey.stages[0].cache._arrays[0])
     while whole.scheduler.active:
         whole.scheduler.turn()
     gc.collect()

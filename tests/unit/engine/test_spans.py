@@ -7,6 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from coeld.datapath import doors
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.request import Request
 from coeld.engine.measure import Silent
@@ -37,7 +38,7 @@ class Device:
         self.model.experts.load(lots)
         self.server = PeerServer("127.0.0.1", 0)
         self.server.serve(
-            introduction, manifest.shape.hidden, self.model.experts.run, self.model.welcome
+            introduction, manifest.shape.hidden, self.model.run_for_peer, self.model.welcome
         )
 
     def follow(self, table: RouteTable) -> None:
@@ -168,6 +169,85 @@ def test_a_device_that_goes_takes_nothing_of_the_answer_along(device, expected, 
     assert guest_bytes_become(devices[2], 0)
 
 
+def test_only_what_was_lost_is_run_again(device, expected) -> None:
+    devices = [device(A), device(B), device(C)]
+    legs = [Leg(A, 0, 1), Leg(B, 1, 2), Leg(C, 2, 3)]
+    routes = table(devices, legs)
+    for each in devices:
+        each.follow(routes)
+    listener = devices[0].submit()
+    for _ in range(12):
+        devices[0].model.scheduler.turn()
+    request = devices[0].model.scheduler.active[0]
+    devices[1].server.close()
+    while len(listener.tokens) < 13:
+        devices[0].model.scheduler.turn()
+        assert request.journey.behind <= 1 / LAYERS + 1e-9
+    devices[0].finish()
+    assert listener.tokens == expected
+    calls = {node: stats.calls for node, stats in devices[0].pool.stats().items()}
+    assert calls == {B: 12, C: TOKENS}, "a call for each pass, none twice"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ways_that_change_and_devices_that_forget_leave_the_answer_as_it_is(
+    device, expected, seed: int
+) -> None:
+    rng = Random(seed)
+    devices = [device(node) for node in (A, B, C)]
+
+    def legs() -> list[Leg]:
+        stops = sorted({rng.randint(1, LAYERS) for _ in range(2)} | {LAYERS})
+        ends = zip([0, *stops], stops, strict=False)
+        found: list[Leg] = []
+        for first, stop in ends:
+            node = rng.choice((A, B, C))
+            if found and found[-1].node == node:
+                first = found.pop().first
+            found.append(Leg(node, first, stop))
+        return found
+
+    for each in devices:
+        each.follow(table(devices, legs()))
+    listener = devices[0].submit()
+    for epoch in range(2, 7):
+        for _ in range(rng.randint(0, 12)):
+            devices[0].model.scheduler.turn()
+        for request in devices[0].model.scheduler.active:
+            devices[0].follow(table(devices, legs(), epoch=epoch))
+            request.astray = request.journey is not None  # as after a call that failed
+            if request.astray and rng.random() < 0.3:
+                node = rng.choice((B, C))
+                request.journey.lose(node)
+                devices[0].pool.free(node, request.journey.number)
+    devices[0].finish()
+    assert listener.tokens == expected, f"seed={seed}"
+    assert all(guest_bytes_become(each, 0) for each in devices)
+
+
+def test_a_closed_layer_that_is_called_opens_again_and_closes_when_it_is_not(
+    device, expected, monkeypatch
+) -> None:
+    devices = [device(A, lots=LOTS[:EXPERTS]), device(B)]
+    routes = table(devices, spans=[Leg(B, 1, 3)])
+    for each in devices:
+        each.follow(routes)
+    x = rows(1, devices[1].model.manifest.shape.hidden)
+    run = devices[1].model.run_for_peer
+    with pytest.raises(PeerRefused):
+        run(1, range(EXPERTS), x, None)
+    devices[1].model.refit()
+    assert run(2, range(EXPERTS), x, None).shape == x.shape
+    assert devices[0].answer() == expected
+    left_s = devices[1].model.doors.shuts_in_s()
+    assert 0 < left_s <= doors.OPEN_S
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + doors.OPEN_S)
+    assert devices[1].model.doors.shuts_in_s() is None
+    devices[1].model.refit()
+    with pytest.raises(PeerRefused):
+        run(1, range(EXPERTS), x, None)
+
+
 def test_a_device_that_forgot_is_given_the_tokens_again(device, expected) -> None:
     devices = [device(A), device(B)]
     routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 3)], [Leg(B, 1, 3)])
@@ -183,7 +263,7 @@ def test_a_device_that_forgot_is_given_the_tokens_again(device, expected) -> Non
     assert len(request.stalls_s) == 1
 
 
-def test_a_span_that_is_no_more_is_run_by_whoever_asks(device, expected) -> None:
+def test_a_leg_under_way_keeps_its_borders_whatever_newer_routes_say(device, expected) -> None:
     devices = [device(A), device(B)]
     routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 3)], [Leg(B, 1, 3)])
     for each in devices:
@@ -191,9 +271,28 @@ def test_a_span_that_is_no_more_is_run_by_whoever_asks(device, expected) -> None
     listener = devices[0].submit()
     for _ in range(6):
         devices[0].model.scheduler.turn()
-    devices[1].follow(table(devices, spans=[Leg(B, 0, 3)], epoch=2))  # one graph: no border at 1
+    devices[1].follow(table(devices, spans=[Leg(B, 0, 3)], epoch=2))  # needs no border at 1
+    request = devices[0].model.scheduler.active[0]
     devices[0].finish()
-    assert (listener.tokens, devices[0].failed) == (expected, [])
+    assert (listener.tokens, devices[0].failed, request.stalls_s) == (expected, [], [])
+    assert guest_bytes_become(devices[1], 0)
+    devices[1].follow(table(devices, spans=[Leg(B, 0, 3)], epoch=3))
+    with pytest.raises(PeerRefused, match="no span"):
+        devices[1].model.welcome().span(
+            SpanCall(1, 0, 1, 3, 1), rows(1, devices[1].model.manifest.shape.hidden)
+        )
+
+
+def test_a_guest_whose_experts_cannot_be_reached_is_told_so_before_its_caller_gives_up(
+    device, tiny
+) -> None:
+    devices = [device(A, lots=()), device(B, lots=LOTS[:EXPERTS])]
+    for each in devices:
+        each.follow(table(devices))
+    began_s = time.monotonic()
+    with pytest.raises(PeerRefused, match="cannot be reached"):
+        devices[1].model.welcome().span(SpanCall(1, 0, 0, 3, 1), rows(1, tiny.shape.hidden))
+    assert time.monotonic() - began_s < devices[1].model.dispatcher.patience_s
 
 
 def test_a_request_that_set_out_by_cuts_finds_the_span_when_its_experts_are_fused(
@@ -246,12 +345,14 @@ def rows(count: int, hidden: int) -> np.ndarray:
     return np.random.default_rng(count).standard_normal((count, hidden)).astype(np.float32)
 
 
-def test_a_guest_may_only_go_on_where_it_stopped(host, tiny) -> None:
+def test_a_guest_may_go_on_where_it_stopped_or_go_back(host, tiny) -> None:
     guest, x = host.model.welcome(), rows(4, tiny.shape.hidden)
     assert guest.span(SpanCall(1, 0, 1, 3, 4), x).shape == (4, tiny.shape.hidden)
-    assert guest.span(SpanCall(1, 4, 1, 3, 1), x).shape == (1, tiny.shape.hidden)
+    first = guest.span(SpanCall(1, 4, 1, 3, 1), x)
+    assert first.shape == (1, tiny.shape.hidden)
+    assert guest.span(SpanCall(1, 4, 1, 3, 4), 2 * x).shape == (4, tiny.shape.hidden)
+    assert (guest.span(SpanCall(1, 4, 1, 3, 1), x) == first).all()
     for asked in (
-        SpanCall(1, 4, 1, 3, 1),  # repeated
         SpanCall(1, 9, 1, 3, 1),  # ahead
         SpanCall(2, 8, 1, 3, 1),  # another request
         SpanCall(1, 8, 1, 2, 1),  # other layers
