@@ -362,6 +362,7 @@ class Agent:
             suspicion_ms=swarm.suspicion_ms,
             spans=swarm.spans,
             narrow=self._config.memory.narrow,
+            context_tokens=self._config.engine.context_tokens,
         )
         return Node(self._identity.node, self._identity.incarnation, config, self._rng)
 

@@ -113,6 +113,8 @@ class Record:
     ascending."""
     versions: Versions = NO_VERSIONS
     """Which version of the model it has open, and how far it is from the next."""
+    context_tokens: int = 0
+    """The longest request that its engine keeps keys and values for."""
     links: tuple[MeasuredLink, ...] = ()
     """To other devices, as it measured them, in steps; ascending. Others are as is assumed."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
@@ -295,14 +297,11 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "routes": record.fingerprint,
     }
-    if record.row_mb_per_s:
-        value["rows"] = record.row_mb_per_s
-    if record.sparing:
-        value["sparing"] = 1
+    names = "rows", "sparing", "wide", "context"
+    told = record.row_mb_per_s, record.sparing, record.stays_wide, record.context_tokens
+    value |= {name: int(number) for name, number in zip(names, told, strict=True) if number}
     if record.asked != NOTHING:
         value["asked"] = asked_to_json(record.asked)
-    if record.stays_wide:
-        value["wide"] = 1
     if record.versions != NO_VERSIONS:
         value["versions"] = record.versions.to_json()
     if record.links:
@@ -329,8 +328,7 @@ def _record(value: Any) -> Record:
     model, data = None, ("", 0)
     claims: tuple[Claim, ...] = ()
     serving: tuple[Lot, ...] = ()
-    spans: tuple[tuple[int, int], ...] = ()
-    narrow: tuple[tuple[int, int], ...] = ()
+    spans = narrow = _spans([])
     if value.get("model") is not None:
         model = ModelHash(_match(value["model"], _MODEL, "model"))
         data = _address(value, "data")
@@ -364,6 +362,7 @@ def _record(value: Any) -> Record:
         spans=spans,
         stays_wide=bool(_int(value.get("wide", 0), "wide", 1)),
         narrow=narrow,
+        context_tokens=_int(value.get("context", 0), "context", COUNTER_MAX),
         epoch=_int(value.get("epoch"), "epoch", COUNTER_MAX),
         fingerprint=_match(value.get("routes"), _FINGERPRINT, "routes"),
     )

@@ -65,6 +65,10 @@ class NodeConfig:
     """Serve runs of whole layers in one call where that is cheaper, and send own requests through
     such runs. The same on all devices, or they place the model differently."""
 
+    context_tokens: int = 2048
+    """The longest request that this device runs layers for. Shorter than another device's: nobody's
+    requests go through whole layers here, for that device's might not fit."""
+
     narrow: bool = True
     """Hold layers in fewer bits than stored where the swarm lacks memory for the model. If one
     device with the model says no, none is."""

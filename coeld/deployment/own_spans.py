@@ -38,14 +38,18 @@ class OwnSpans:
     ) -> frozenset[int]:
         """Of the layers that are here whole, those to serve as spans; `now` are already. Not those
         that the auction put in parts: their other owners could not be called for them. No more
-        than have room for their KV caches beside lots of `held_bytes`."""
+        than have room for their KV caches beside lots of `held_bytes`. None while another device's
+        requests may be longer than the context here: they could not end on that way, and single
+        calls fit requests of any length."""
         demand = facts.demand
+        me = next(record for record in records if record.origin == self.me)
+        if any(record.context_tokens > me.context_tokens for record in records):
+            return frozenset()
         if all(device.node != self.me for device in facts.devices):
             known = {device.node for device in facts.devices} | {self.me}
             some = (record for record in records if record.origin in known)
             facts = facts_among(demand, some, facts.spans)
         device = [device.node for device in facts.devices].index(self.me)
-        me = next(record for record in records if record.origin == self.me)
         torn = {layer for layer, nodes in _owners(winners).items() if len(nodes) > 1}
         whole = whole_layers(demand, me.serving) - torn
         found = spans_worth(facts.model(), device, whole, now)

@@ -11,8 +11,25 @@ from enum import Enum
 from coeld.effects import Report
 from coeld.ids import NodeId
 from coeld.messages import COUNTER_MAX, Beat, Entry, Message, Record, Status
+from coeld.node_config import NodeConfig
 
 REPORT_TWIN_S = 60.0
+
+
+def first_record(node: NodeId, incarnation: int, config: NodeConfig) -> Record:
+    """What this device says of itself before anything has happened."""
+    return Record(
+        node,
+        incarnation,
+        1,
+        config.name,
+        config.mqtt_host,
+        config.mqtt_port or 0,
+        blob_host=config.blob_host,
+        blob_port=config.blob_port,
+        stays_wide=not config.narrow,
+        context_tokens=config.context_tokens,
+    )
 
 
 class Reaction(Enum):

@@ -36,7 +36,7 @@ from coeld.perception.fingerprint import Fingerprints, part_of, parts_for
 from coeld.perception.links import Address, Links
 from coeld.perception.membership import Member, Membership
 from coeld.perception.neighbours import Rings
-from coeld.perception.oneself import Oneself, Reaction
+from coeld.perception.oneself import Oneself, Reaction, first_record
 from coeld.perception.rumours import Rumours
 
 ASK_AGAIN_S = 0.25
@@ -51,17 +51,7 @@ class Perception:
     def __init__(
         self, node: NodeId, incarnation: int, config: NodeConfig, rng: Random, now: float = 0.0
     ) -> None:
-        self.me = Record(
-            node,
-            incarnation,
-            1,
-            config.name,
-            config.mqtt_host,
-            config.mqtt_port or 0,
-            blob_host=config.blob_host,
-            blob_port=config.blob_port,
-            stays_wide=not config.narrow,
-        )
+        self.me = first_record(node, incarnation, config)
         self.told = self.me
         """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}

@@ -191,6 +191,29 @@ def test_once_quiet_all_know_the_same_spans_and_every_device_has_a_way_through_t
         assert any(leg.node != device.id for leg in device.table.legs)
 
 
+def test_nobody_serves_spans_with_a_shorter_context_than_somebody_who_may_ask() -> None:
+    world = swarm(6, [33, 33, 33, 33], config=NodeConfig(context_tokens=4096))
+    world.run(12)
+    assert len(spanning(world)) == 4, "all alike"
+    long = world.device(2)
+    world.crash(long)
+    world.run(8)
+    world.start(long)
+    assert long.node is not None
+    long.node.perception.tell(context_tokens=8192)
+    world.run(20)
+    checkers.at_rest(world)
+    assert spanning(world) <= {long.id}, "the longest requests are its own"
+    assert all(leg.node == d.id for d in world.up() if d is long for leg in d.table.legs)
+
+
+def spanning(world: World) -> set[str]:
+    """Who announces spans, and no table disagrees."""
+    tables = [device.table for device in world.up() if device.table is not None]
+    (found,) = {frozenset(span.node for span in table.spans) for table in tables}
+    return set(found)
+
+
 def test_slow_devices_on_a_fast_network_share_each_layer() -> None:
     world = swarm(7, [49, 49, 49, 49], [700] * 4)
     world.run(12)

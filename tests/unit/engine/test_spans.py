@@ -27,12 +27,14 @@ DEADLINE_S = 60
 class Device:
     """An engine's data path without its process."""
 
-    def __init__(self, manifest, store, node: NodeId, lots=LOTS, guests_max: int = 4) -> None:
+    def __init__(
+        self, manifest, store, node: NodeId, lots=LOTS, guests_max: int = 4, context: int = 256
+    ) -> None:
         introduction = Introduction("s", manifest.hash, node)
         self.node, self.pool = node, PeerPool(introduction, 1.0)
         self.failed: list[NodeId] = []
         self.model = OpenModel(
-            manifest, store, me=node, peers=self.pool, context_tokens=256, patience_s=2.0,
+            manifest, store, me=node, peers=self.pool, context_tokens=context, patience_s=2.0,
             guests_max=guests_max, on_failure=lambda node, _error: self.failed.append(node),
         )  # fmt: skip
         self.model.experts.load(lots)
@@ -126,6 +128,19 @@ def test_a_span_dispatches_the_experts_that_its_device_lacks(device, expected) -
         each.follow(routes)
     assert devices[0].answer() == expected
     assert devices[1].pool.stats()[A].calls > TOKENS  # A has all: whole layers go to it
+
+
+def test_single_calls_fit_requests_that_are_longer_than_the_context_of_who_is_called(
+    device, expected
+) -> None:
+    """Which is why a device whose context is shorter than another's offers no spans."""
+    here = [lot for lot in LOTS if lot.layer == 0]
+    short = len(PROMPT) + 5
+    devices = [device(A, lots=here), device(B, lots=sorted(set(LOTS) - set(here)), context=short)]
+    for each in devices:
+        each.follow(table(devices))
+    assert len(expected) > 5
+    assert devices[0].answer() == expected
 
 
 def test_the_time_of_an_answer_is_told_by_where_it_went(device, tiny) -> None:

@@ -41,6 +41,7 @@ RECORD = Record(
     row_mb_per_s=25251,
     sparing=True,
     stays_wide=True,
+    context_tokens=8192,
     narrow=((0, 1), (4, 7)),
     links=(MeasuredLink(A, 450, 900, 110), MeasuredLink(B, 6000, 6000, 7)),
     model=ModelHash("5e" * 32),
