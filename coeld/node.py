@@ -19,7 +19,7 @@ from coeld.deployment.pricing import bids
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
 from coeld.deployment.room import Room, fitting
-from coeld.deployment.supply import facts_of, trunk_complaint
+from coeld.deployment.supply import trunk_complaint
 from coeld.deployment.widths import Widths, rest_s
 from coeld.effects import DropLots, Effect, LoadLots, OpenModel, Report, SwapRoutes
 from coeld.events import (
@@ -255,7 +255,7 @@ class Node:
         out, and what is left of its gain may be less than a new wish would have to have.
         """
         records = self.market.records()
-        facts = facts_of(demand, records, self.config.spans)
+        facts = self.market.facts()
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
         if self._thinking is None:
@@ -284,7 +284,7 @@ class Node:
 
     def _held(self, demand: ModelDemand) -> set[Lot]:
         """Lots that are here to stay: of layers that are here whole, if layers are kept whole."""
-        kept = {lot for lot in self._lots if self.migration.keeps(lot)}
+        kept = self.migration.kept
         if not self._whole:
             return kept
         return {lot for layer in whole_layers(demand, kept) for lot in demand.lots_of(layer)}
@@ -323,7 +323,7 @@ class Node:
             return
         if perception.supply == self._seen_supply and not timed:
             if perception.marks != self._seen_marks:
-                self._swap(self.switchover.agree(self.demand, list(perception.present())))
+                self._swap(self.switchover.agree(self.demand, perception.present()))
                 self._close(self.demand)
             return
         joined = now >= self._joined_at
@@ -378,7 +378,7 @@ class Node:
         count = len(unclaimed(self._lots, self.market.leaders()))
         missing = self._room().missing_bytes(count)
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
-        records, suspects = list(self.perception.present()), self.perception.suspects()
+        records, suspects = self.perception.present(), self.perception.suspects()
         self._swap(
             self.switchover.update(
                 demand,
@@ -404,7 +404,7 @@ class Node:
         idle = self.migration.rests
         rests = idle and now >= self._rests()[1]
         if not rollout.unchanged((self._versions(), idle, rests), now):
-            records, suspects = list(perception.present()), perception.suspects()
+            records, suspects = perception.present(), perception.suspects()
             fits, me = fitting(records), self.node_id
             effects = rollout.step(records, suspects, fits, me, idle, rests, now)
             if any(isinstance(effect, OpenModel) for effect in effects):

@@ -27,9 +27,9 @@ def leaders(records: Iterable[Record]) -> dict[Task, Offer]:
     for record in records:
         origin = record.origin
         for lot, copy, bid in record.claims:
-            offer = (bid, origin)
-            if offer > best.get((lot, copy), (-1, origin)):
-                best[lot, copy] = offer
+            task, offer = (lot, copy), (bid, origin)
+            if offer > best.setdefault(task, offer):
+                best[task] = offer
     return best
 
 

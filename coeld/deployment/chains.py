@@ -63,11 +63,23 @@ def cut_ns(model: CostModel, asker: int, site: int, layers: int, context_tokens:
 
 def swarm_span_ns(model: CostModel, site: int, layers: int) -> int:
     """Summed over all devices that ask, by weight."""
-    return sum(model.devices[a].weight * span_ns(model, a, site, layers) for a in model.askers)
+    home = model.sites[site][0]
+    reach = [0 if asker == home else model.reached(asker, site) for asker in model.askers]
+    busy = layers * (model.attention_ns(home) + model.whole_ns(site))
+    return _summed(model, [busy + one for one in reach])
 
 
 def swarm_cut_ns(model: CostModel, site: int, layers: int) -> int:
-    return sum(model.devices[a].weight * cut_ns(model, a, site, layers) for a in model.askers)
+    whole = model.whole_ns(site)
+    each = [model.attention_ns(a) + whole + model.reached(a, site) for a in model.askers]
+    return layers * _summed(model, each)
+
+
+def _summed(model: CostModel, costs: Iterable[int]) -> int:
+    """What something costs each asker, by weight."""
+    return sum(
+        model.devices[asker].weight * cost for asker, cost in zip(model.askers, costs, strict=True)
+    )
 
 
 def swarm_run_ns(model: CostModel, site: int, layers: int) -> int:

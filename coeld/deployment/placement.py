@@ -65,8 +65,10 @@ def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:
 def serving(records: Iterable[Record], winners: Mapping[Lot, NodeId]) -> dict[Lot, NodeId]:
     """Of those who serve a lot, the one who counts: the auction's winner, or the first."""
     served: dict[Lot, NodeId] = {}
-    for record in sorted(records, key=lambda record: record.origin, reverse=True):
-        for lot in record.serving:
-            if lot not in served or served[lot] != winners.get(lot):
-                served[lot] = record.origin
+    last_to_first = sorted(records, key=lambda record: record.origin, reverse=True)
+    for record in last_to_first:
+        served |= dict.fromkeys(record.serving, record.origin)
+    for record in last_to_first:
+        won = (lot for lot in record.serving if winners.get(lot) == record.origin)
+        served |= dict.fromkeys(won, record.origin)
     return served

@@ -129,9 +129,10 @@ class Migration:
         """Is nothing loading and nothing draining?"""
         return all(state is LotState.SERVING for state in self._states.values())
 
-    def keeps(self, lot: Lot) -> bool:
-        """Is the lot in memory to stay, or about to be?"""
-        return self.state(lot) not in (LotState.FREE, LotState.DRAINING)
+    @property
+    def kept(self) -> set[Lot]:
+        """Lots that are in memory to stay, or about to be."""
+        return {lot for lot, state in self._states.items() if state is not LotState.DRAINING}
 
     def state(self, lot: Lot) -> LotState:
         return self._states.get(lot, LotState.FREE)
