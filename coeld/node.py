@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from coeld.deployment.auction import Offer, Task, bundle, leaders
+from coeld.deployment.auction import Offer, Task, bundle
 from coeld.deployment.cost import LAN
 from coeld.deployment.own_spans import OwnSpans, whole_layers
 from coeld.deployment.placement import serving, unclaimed
@@ -241,8 +241,7 @@ class Node:
             if not self._deliberate(self.demand, now):
                 self.market.disturb(now)
                 return
-            rivals = leaders(self.market.others())
-            self.perception.tell(claims=self._bundle(rivals))
+            self.perception.tell(claims=self._bundle(self.market.rivals()))
             self.market.moved(now)
         self._bid_wanted = False
         self._bid_supply = self.perception.supply
@@ -275,7 +274,7 @@ class Node:
                 self._before = served
                 wanted = self._wanted = self._owners_wanted(served, demand.lot_bytes)
                 self._whole = not wanted or is_whole(wanted)
-            model = facts.model()
+            model = self._thinking.model
             copied = replicas(model, self._wanted, records, self.config.replicas_max)
             mine = copied.get(self.node_id, ())
             self._bids = bids(model, self.node_id, self._wanted, held, mine)
@@ -300,7 +299,7 @@ class Node:
         pays = worth_moving(kept.price_ns, fresh.price_ns, moved * lot_bytes)
         return (fresh if pays else kept).owners
 
-    def _bundle(self, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
+    def _bundle(self, rivals: Mapping[Task, Offer]) -> tuple[Claim, ...]:
         """No replicas while something is held in fewer bits: a lot has one width."""
         room = self._room()
         narrow = room.narrow or any(record.narrow for record in room.records)
@@ -317,10 +316,10 @@ class Node:
     def _plan(self, now: float) -> None:
         """Update: load what was won, drop what is no longer needed, publish the routes."""
         perception = self.perception
-        timed = any(self._planned_at < at <= now for at in self._timers())
-        self._planned_at = now
+        before, self._planned_at = self._planned_at, now
         if self.demand is None:
             return
+        timed = any(before < at <= now for at in self._timers())
         if perception.supply == self._seen_supply and not timed:
             if perception.marks != self._seen_marks:
                 self._swap(self.switchover.agree(self.demand, perception.present()))

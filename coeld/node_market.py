@@ -32,10 +32,14 @@ class Market:
         self._leading: dict[Task, Offer] | None = None
         """The best claims; None: not counted since they changed."""
         self._winners: dict[Lot, NodeId] = {}
+        self._rivalling: list[Record] = []
+        self._rivals: dict[Task, Offer] = {}
+        """The best claims of these."""
         self._looked: tuple[tuple[Record, ...], ModelDemand | None] = (), None
         """All present devices, and the model, that these were worked out for:"""
         self._records: tuple[Record, ...] = ()
         self._facts: Facts | None = None
+        self._room: Room | None = None
 
     def records(self) -> tuple[Record, ...]:
         """Of the present devices, this one included. The same tuple until one changes."""
@@ -83,9 +87,17 @@ class Market:
         """From when on the auction counts as quiet, and as settled."""
         return self._quiet.rests(self._quiet_s, self._settle_s)
 
+    def rivals(self) -> Mapping[Task, Offer]:
+        """The best claims of the others."""
+        others = self.others()
+        if self._rivalling != others:
+            self._rivalling, self._rivals = others, leaders(others)
+        return self._rivals
+
     def leaders(self) -> Mapping[Task, Offer]:
         if self._leading is None:
-            self._leading = leaders(self.records())
+            mine = [record for record in self.records() if record.origin == self._me]
+            self._leading = leaders(mine, self.rivals())
             self._winners = owners(self._leading)
         return self._leading
 
@@ -105,4 +117,7 @@ class Market:
     def room(self, narrow: bool) -> Room:
         """Memory here and elsewhere; `narrow`: some lots have to be held in fewer bits."""
         assert self.demand is not None
-        return Room(self.demand, self._perception.me, self.records(), narrow)
+        records = self.records()
+        if self._room is None or self._room.records is not records or self._room.narrow != narrow:
+            self._room = Room(self.demand, self._perception.me, records, narrow)
+        return self._room

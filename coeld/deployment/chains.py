@@ -203,8 +203,9 @@ class Way:
         best[0][self._asker] = (0, ())
         for layer, ends in enumerate(best[:-1]):
             for step in (Run(self._asker, layer, layer + 1), *self._steps.get(layer, ())):
+                busy, hop = self._busy(step), self._hop(step)
                 costs = [
-                    (cost + self._hop(last, step) + self._busy(step), (*path, step))
+                    (cost + busy + (hop if step.site != last else 0), (*path, step))
                     for last, (cost, path) in ends.items()
                 ]
                 found = best[step.stop]
@@ -215,8 +216,9 @@ class Way:
             return list(before)
         return runs((layer, step.site) for step in path for layer in range(step.first, step.stop))
 
-    def _hop(self, last: int, step: Run) -> int:
-        if step.site in (last, self._asker):
+    def _hop(self, step: Run) -> int:
+        """What it costs to reach a step from another device's."""
+        if step.site == self._asker:
             return 0
         return self._model.reached(self._asker, self._model.sites.index((step.site, 0)))
 
@@ -242,7 +244,7 @@ class Way:
                     if not found:
                         return None
                     step = found[0]
-                total += self._hop(last, step) + self._busy(step)
+                total += self._busy(step) + (self._hop(step) if step.site != last else 0)
                 at, last = step.stop, step.site
             if at != leg.stop:
                 return None

@@ -56,11 +56,10 @@ class Perception:
         """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}
         self.membership = Membership(node, config, self._changed)
+        self.suspects = self.membership.suspects
         self.rings = Rings(node, config.neighbours_max)
         self.links = Links(rng)
-        self.market = 0
-        self.supply = 0
-        self.marks = 0
+        self.market = self.supply = self.marks = 0
         self.counters = {"other_swarm": 0, "forged_sender": 0, "stale": 0}
         self.admission = Admission()
         grown_up_s = 2 * config.silence_ms / 1000
@@ -81,7 +80,8 @@ class Perception:
         self._comparing = Comparing(self._beat_s)
         self._asks: dict[NodeId, dict[NodeId, None]] = {}
         self._asked: dict[NodeId, tuple[gossip.Version, float]] = {}
-        self._present: tuple[Record, ...] = ()  # empty: to be gathered anew
+        self._there: dict[NodeId, Record] = {}  # of the others who are present
+        self._present: tuple[Record, ...] = ()  # and ours; empty: to be gathered anew
         self._rewired = False
         """Did something change that the choice of neighbours depends on?"""
         self._outbox: list[Effect] = []
@@ -97,12 +97,8 @@ class Perception:
         """Records of the devices that are there, this one first. The same tuple until one changes:
         what was worked out from it still holds."""
         if not self._present or self._present[0] is not self.me:
-            others = map(self.record, self.membership.present())
-            self._present = (self.me, *filter(None, others))
+            self._present = (self.me, *self._there.values())
         return self._present
-
-    def suspects(self) -> set[NodeId]:
-        return self.membership.suspects()
 
     @property
     def view(self) -> str:
@@ -454,8 +450,11 @@ class Perception:
     # ---- what changed --------------------------------------------------------------------
 
     def _note(self, member: Member) -> None:
-        self._present = ()
         record = self.record(member)
+        self._there.pop(member.node, None)
+        if record and member.present:
+            self._there[member.node] = record
+        self._present = ()
         seq = record.seq if record else 0
         self._view.note(member.node, member.incarnation, seq, member.status)
 
