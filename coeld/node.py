@@ -55,7 +55,7 @@ from coeld.routes import RouteTable
 from coeld.update.disk import Wanted, wanted
 from coeld.update.migration import READ, LotState, Migration, Move, Plan, Wish
 from coeld.update.rollout import Rollout
-from coeld.update.spanning import Spanning, ranges
+from coeld.update.spanning import OPEN_S, Spanning, ranges
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
 from coeld.view import ModelDemand
@@ -74,7 +74,7 @@ class Node:
         self.told = Told()
         self.asking = Asking()
         self.links = LinkNews(*LAN)
-        self.migration = Migration(config.load_batch_bytes)
+        self.migration = Migration(config.load_batch_bytes, OPEN_S if config.spans else 0.0)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
         self.widths = Widths()
@@ -347,11 +347,11 @@ class Node:
         narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
         fill_bytes = room.fill_bytes(self._most, self._whole)
         there, moving = self.market.elsewhere(), settled and self.rollout.serving
-        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, moving, narrow)
+        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, moving, narrow, now)
 
     def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
-        """Tell what is served, and which layers of it as spans: no new ones before all `rests`,
-        for what is loaded in an emergency has to answer at once, and spans change graphs."""
+        """Tell what is served, and which layers of it as spans, anew when the auction `rests` and
+        nothing loads: what was loaded in an emergency is announced with it."""
         perception, spanning = self.perception, self.spanning
         narrow = ranges(self.migration.narrow_layers | self.widths.narrow)
         perception.tell(serving=self.migration.serving, narrow=narrow)
@@ -363,7 +363,7 @@ class Node:
             records = self.market.records()
             wanted = self.own_spans.wanted(facts, records, winners, now_spans, held_bytes)
             borders = self.own_spans.borders(winners)
-        supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
+        supply, whole = perception.supply, self.migration.staying(demand.experts)
         perception.tell(spans=spanning.want(wanted, whole, now, borders))
         if self._bid_supply == supply:  # no bid depends on spans
             self._bid_supply = perception.supply
@@ -374,10 +374,10 @@ class Node:
             self._switch(demand, False)
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
-        count = len(unclaimed(self._lots, self.market.leaders()))
-        missing = self._room().missing_bytes(count)
+        missing = self._room().missing_bytes(len(unclaimed(self._lots, self.market.leaders())))
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
         records, suspects = self.perception.present(), self.perception.suspects()
+        here = self.migration.staying(demand.experts)
         self._swap(
             self.switchover.update(
                 demand,
@@ -386,7 +386,7 @@ class Node:
                 self.market.winners(),
                 self._missing_bytes,
                 self.spanning.closed_spans,
-                partial(self.own_spans.legs, demand, records, suspects),
+                partial(self.own_spans.legs, demand, records, suspects, here),
             )
         )
 
@@ -493,7 +493,7 @@ class Node:
         return *self.market.rests(), self._joined_at
 
     def _timers(self) -> tuple[float, ...]:
-        return (*self._rests(), self.spanning.due, self.widths.due)
+        return (*self._rests(), self.spanning.due, self.widths.due, self.migration.due)
 
     def _room(self) -> Room:
         return self.market.room(self._facts is not None and self._facts.narrow)

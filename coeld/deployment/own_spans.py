@@ -69,11 +69,13 @@ class OwnSpans:
         demand: ModelDemand,
         records: Sequence[Record],
         suspects: Collection[NodeId],
+        here: Collection[int],
         spans: Sequence[Leg],
     ) -> tuple[Leg, ...]:
         """The cheapest way through all layers; empty: every layer's attention here.
 
-        Layers that are not here whole and that somebody serves as a span must be asked there.
+        Layers that are not whole `here`, to stay, and that somebody serves as a span must be asked
+        there.
         """
         if all(span.node == self.me for span in spans):
             self._before, self._asked = (), None

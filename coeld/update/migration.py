@@ -1,7 +1,8 @@
 """From the lots this device holds to the lots it won: make before break, never above the budget.
 
 Each lot walks through one table of states; a move that the table does not know is a programming
-mistake. A lot that another device won is kept until that device, or any other, serves it. When
+mistake. A lot that another device won is kept until that device, or any other, serves it, and for
+`linger_s` more: requests whose caches lie along this device go over to another way meanwhile. When
 memory is short for a lot that nobody serves, room is made in this order: lots won by others that
 others serve, own replicas that others serve, and only then lots won by others that nobody else
 serves yet (a hole is traded for a hole that is ours to fill). Loading and draining lots count
@@ -13,6 +14,7 @@ goes before what is loaded, because it makes room, and what gets wider after it.
 lot fits beside itself, some of one layer are dropped first.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -74,6 +76,7 @@ class Wish:
     """It rested long enough for moves and replicas too."""
     narrow: Collection[int] = ()
     """Layers whose lots are to be held in fewer bits than they are stored in."""
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +92,13 @@ class Plan:
 class Migration:
     """The states of this device's lots. Lots that are not mentioned are free."""
 
-    def __init__(self, batch_bytes: int) -> None:
+    def __init__(self, batch_bytes: int, linger_s: float = 0.0) -> None:
         self._states: dict[Lot, LotState] = {}
         self._narrow: set[Lot] = set()
         """Of these, what is in fewer bits than stored; of what is changing, what it still is."""
-        self._batch_bytes = batch_bytes
+        self._batch_bytes, self._linger_s = batch_bytes, linger_s
+        self._spare_since: dict[Lot, float] = {}
+        """When it was first seen that others serve what another won."""
         self._failures: dict[Lot, tuple[int, float]] = {}
 
     def _in(self, state: LotState) -> list[Lot]:
@@ -123,6 +128,17 @@ class Migration:
         widening = sum(lot in self._narrow for lot in changing)
         wide = len(self._states) - narrow + widening
         return wide * lot_bytes + (narrow + len(changing) - widening) * narrow_bytes
+
+    def staying(self, experts: int) -> set[int]:
+        """Layers that are served whole, of which nothing is spare."""
+        counts = Counter(lot.layer for lot in self.serving)
+        spare = {lot.layer for lot in self._spare_since}
+        return {layer for layer, count in counts.items() if count >= experts} - spare
+
+    @property
+    def due(self) -> float:
+        """When the next lot that is spare may go."""
+        return min((at + self._linger_s for at in self._spare_since.values()), default=float("inf"))
 
     @property
     def rests(self) -> bool:
@@ -175,6 +191,7 @@ class Migration:
     def engine_lost(self) -> None:
         """Nothing is in memory any more."""
         self._states.clear()
+        self._spare_since.clear()
         self._narrow.clear()
         self._failures.clear()
 
@@ -238,10 +255,14 @@ class Migration:
 
     def _surplus(self, wish: Wish, sizes: tuple[int, int]) -> list[Lot]:
         """Lots that may go at once, and lots that must because the budget shrank."""
+        serving = self._in(LotState.SERVING)
+        spare = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
+        self._spare_since = {lot: self._spare_since.get(lot, wish.now) for lot in spare}
         drop = []
         if wish.settled:
-            serving = self._in(LotState.SERVING)
-            drop = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
+            since, linger_s = self._spare_since, self._linger_s
+            drop = [lot for lot in spare if since[lot] + linger_s <= wish.now]
+            self._spare_since = {lot: at for lot, at in since.items() if lot not in drop}
         excess = self.bytes(*sizes) - wish.capacity_bytes - self._draining_bytes(drop, sizes)
         if excess > 0:
             drop += self._room_for([], wish, excess, drop, sizes)

@@ -1,6 +1,7 @@
 """Make before break, never above the budget, and the order in which room is made."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import pytest
 
@@ -167,3 +168,24 @@ def test_a_change_that_fails_leaves_the_lot_as_it_was() -> None:
     assert (migration.narrow_layers, migration.bytes(*SIZES)) == (set(), 200)
     migration.engine_lost()
     assert migration.bytes(*SIZES) == 0
+
+
+def test_what_others_took_over_lingers_and_is_no_span_meanwhile() -> None:
+    migration = Migration(10**9, linger_s=3.0)
+    migration.apply(Move.LOAD, LOTS[:4])
+    migration.apply(Move.LOADED, LOTS[:4])
+
+    def plan(now: float, elsewhere: Collection[Lot], capacity: int = 8) -> Plan:
+        want = wish(dict.fromkeys(LOTS[:2], 0), elsewhere, capacity)
+        return migration.plan(replace(want, now=now), 1)
+
+    assert plan(0.0, []) == Plan()
+    assert (migration.staying(2), migration.due) == ({0, 1}, float("inf"))
+    assert plan(1.0, LOTS[2:3]) == Plan()
+    assert (migration.staying(2), migration.due) == ({0}, 4.0)
+    assert plan(2.0, LOTS[2:4]) == Plan()
+    assert plan(3.9, LOTS[2:4]) == Plan()
+    assert plan(4.0, LOTS[2:4]) == Plan(drop=(LOTS[2],))
+    assert migration.due == 5.0
+    assert plan(4.5, LOTS[3:4], capacity=3) == Plan(), "what drains makes room enough"
+    assert plan(4.5, LOTS[3:4], capacity=2) == Plan(drop=(LOTS[3],)), "the budget is not exceeded"
