@@ -29,6 +29,8 @@ REPLAY_S: Final = 5.0
 
 CATCH_UP_STEPS: Final = 2.0
 """A reader gets a third of the tokens while a request changes its way."""
+CATCH_UP_S_MAX: Final = 0.1
+"""After one token: its own time may have been a stall."""
 
 LOSSES_MAX: Final = 6
 """Ways that one token may lose. Each after the first means LOST_S without some device: 18 s."""
@@ -144,7 +146,8 @@ class Scheduler:
             ahead = request.ahead = self._decoder.aside(journey)
         if ahead is None:
             return
-        request.stepped, until_s = None, time.monotonic() + CATCH_UP_STEPS * step_s
+        request.stepped = None
+        until_s = time.monotonic() + min(CATCH_UP_STEPS * step_s, CATCH_UP_S_MAX)
         try:
             while not ahead.follow(journey):
                 if time.monotonic() >= until_s:
