@@ -257,7 +257,8 @@ def decode(data: bytes) -> Message:
     raise FrameError(f"unknown kind of control message {str(kind)[:16]}: ignored")
 
 
-_compact = json.JSONEncoder(separators=(",", ":")).encode
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -46,12 +46,10 @@ class RouteBoard:
         self._changed = threading.Condition()
         self._version = 0
         self.table: RouteTable | None = None
-        self.pinned_s = 0.0
-        """When it was pinned (time.monotonic)."""
 
     def pin(self, table: RouteTable) -> None:
         with self._changed:
-            self.table, self.pinned_s = table, time.monotonic()
+            self.table = table
             self._bump()
 
     def nudge(self) -> None:
