@@ -257,8 +257,7 @@ def decode(data: bytes) -> Message:
     raise FrameError(f"unknown kind of control message {str(kind)[:16]}: ignored")
 
 
-def _compact(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+_compact = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from functools import partial
 from random import Random
 from typing import Any
 
-from coeld.deployment.auction import Offer, Task, bundle, leaders
+from coeld.deployment.auction import Offer, Task, bundle
 from coeld.deployment.cost import LAN
 from coeld.deployment.own_spans import OwnSpans, whole_layers
 from coeld.deployment.placement import serving, unclaimed
@@ -19,7 +19,7 @@ from coeld.deployment.pricing import bids
 from coeld.deployment.proposal import Deliberation, Facts, is_whole
 from coeld.deployment.replicas import replicas
 from coeld.deployment.room import Room, fitting
-from coeld.deployment.supply import facts_of, trunk_complaint
+from coeld.deployment.supply import trunk_complaint
 from coeld.deployment.widths import Widths, rest_s
 from coeld.effects import DropLots, Effect, LoadLots, OpenModel, Report, SwapRoutes
 from coeld.events import (
@@ -55,7 +55,7 @@ from coeld.routes import RouteTable
 from coeld.update.disk import Wanted, wanted
 from coeld.update.migration import READ, LotState, Migration, Move, Plan, Wish
 from coeld.update.rollout import Rollout
-from coeld.update.spanning import Spanning, ranges
+from coeld.update.spanning import OPEN_S, Spanning, ranges
 from coeld.update.switchover import Switchover
 from coeld.update.worth import worth_moving
 from coeld.view import ModelDemand
@@ -74,7 +74,7 @@ class Node:
         self.told = Told()
         self.asking = Asking()
         self.links = LinkNews(*LAN)
-        self.migration = Migration(config.load_batch_bytes)
+        self.migration = Migration(config.load_batch_bytes, OPEN_S if config.spans else 0.0)
         self.switchover = Switchover(node_id)
         self.spanning = Spanning()
         self.widths = Widths()
@@ -241,8 +241,7 @@ class Node:
             if not self._deliberate(self.demand, now):
                 self.market.disturb(now)
                 return
-            rivals = leaders(self.market.others())
-            self.perception.tell(claims=self._bundle(rivals))
+            self.perception.tell(claims=self._bundle(self.market.rivals()))
             self.market.moved(now)
         self._bid_wanted = False
         self._bid_supply = self.perception.supply
@@ -255,7 +254,7 @@ class Node:
         out, and what is left of its gain may be less than a new wish would have to have.
         """
         records = self.market.records()
-        facts = facts_of(demand, records, self.config.spans)
+        facts = self.market.facts()
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
         if self._thinking is None:
@@ -275,7 +274,7 @@ class Node:
                 self._before = served
                 wanted = self._wanted = self._owners_wanted(served, demand.lot_bytes)
                 self._whole = not wanted or is_whole(wanted)
-            model = facts.model()
+            model = self._thinking.model
             copied = replicas(model, self._wanted, records, self.config.replicas_max)
             mine = copied.get(self.node_id, ())
             self._bids = bids(model, self.node_id, self._wanted, held, mine)
@@ -284,7 +283,7 @@ class Node:
 
     def _held(self, demand: ModelDemand) -> set[Lot]:
         """Lots that are here to stay: of layers that are here whole, if layers are kept whole."""
-        kept = {lot for lot in self._lots if self.migration.keeps(lot)}
+        kept = self.migration.kept
         if not self._whole:
             return kept
         return {lot for layer in whole_layers(demand, kept) for lot in demand.lots_of(layer)}
@@ -300,7 +299,7 @@ class Node:
         pays = worth_moving(kept.price_ns, fresh.price_ns, moved * lot_bytes)
         return (fresh if pays else kept).owners
 
-    def _bundle(self, rivals: dict[Task, Offer]) -> tuple[Claim, ...]:
+    def _bundle(self, rivals: Mapping[Task, Offer]) -> tuple[Claim, ...]:
         """No replicas while something is held in fewer bits: a lot has one width."""
         room = self._room()
         narrow = room.narrow or any(record.narrow for record in room.records)
@@ -317,13 +316,13 @@ class Node:
     def _plan(self, now: float) -> None:
         """Update: load what was won, drop what is no longer needed, publish the routes."""
         perception = self.perception
-        timed = any(self._planned_at < at <= now for at in self._timers())
-        self._planned_at = now
+        before, self._planned_at = self._planned_at, now
         if self.demand is None:
             return
+        timed = any(before < at <= now for at in self._timers())
         if perception.supply == self._seen_supply and not timed:
             if perception.marks != self._seen_marks:
-                self._swap(self.switchover.agree(self.demand, list(perception.present())))
+                self._swap(self.switchover.agree(self.demand, perception.present()))
                 self._close(self.demand)
             return
         joined = now >= self._joined_at
@@ -346,13 +345,13 @@ class Node:
         room, held = self._room(), self.migration.narrow_layers
         mine = self.market.won()
         narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
-        sizes = room.capacity_bytes, room.fill_bytes(self._most, self._whole)
-        there, gone = self.market.elsewhere(), self.market.replaced(self.migration.serving)
-        return Wish(mine, there, gone, *sizes, urgent, settled and self.rollout.serving, narrow)
+        fill_bytes = room.fill_bytes(self._most, self._whole)
+        there, moving = self.market.elsewhere(), settled and self.rollout.serving
+        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, moving, narrow, now)
 
     def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
-        """Tell what is served, and which layers of it as spans: no new ones before all `rests`,
-        for what is loaded in an emergency has to answer at once, and spans change graphs."""
+        """Tell what is served, and which layers of it as spans, anew when the auction `rests` and
+        nothing loads: what was loaded in an emergency is announced with it."""
         perception, spanning = self.perception, self.spanning
         narrow = ranges(self.migration.narrow_layers | self.widths.narrow)
         perception.tell(serving=self.migration.serving, narrow=narrow)
@@ -364,7 +363,7 @@ class Node:
             records = self.market.records()
             wanted = self.own_spans.wanted(facts, records, winners, now_spans, held_bytes)
             borders = self.own_spans.borders(winners)
-        supply, whole = perception.supply, whole_layers(demand, perception.me.serving)
+        supply, whole = perception.supply, self.migration.staying(demand.experts)
         perception.tell(spans=spanning.want(wanted, whole, now, borders))
         if self._bid_supply == supply:  # no bid depends on spans
             self._bid_supply = perception.supply
@@ -375,10 +374,10 @@ class Node:
             self._switch(demand, False)
 
     def _switch(self, demand: ModelDemand, settled: bool) -> None:
-        count = len(unclaimed(self._lots, self.market.leaders()))
-        missing = self._room().missing_bytes(count)
+        missing = self._room().missing_bytes(len(unclaimed(self._lots, self.market.leaders())))
         self._missing_bytes = missing if settled else min(missing, self._missing_bytes)
-        records, suspects = list(self.perception.present()), self.perception.suspects()
+        records, suspects = self.perception.present(), self.perception.suspects()
+        here = self.migration.staying(demand.experts)
         self._swap(
             self.switchover.update(
                 demand,
@@ -387,7 +386,7 @@ class Node:
                 self.market.winners(),
                 self._missing_bytes,
                 self.spanning.closed_spans,
-                partial(self.own_spans.legs, demand, records, suspects),
+                partial(self.own_spans.legs, demand, records, suspects, here),
             )
         )
 
@@ -404,7 +403,7 @@ class Node:
         idle = self.migration.rests
         rests = idle and now >= self._rests()[1]
         if not rollout.unchanged((self._versions(), idle, rests), now):
-            records, suspects = list(perception.present()), perception.suspects()
+            records, suspects = perception.present(), perception.suspects()
             fits, me = fitting(records), self.node_id
             effects = rollout.step(records, suspects, fits, me, idle, rests, now)
             if any(isinstance(effect, OpenModel) for effect in effects):
@@ -494,7 +493,7 @@ class Node:
         return *self.market.rests(), self._joined_at
 
     def _timers(self) -> tuple[float, ...]:
-        return (*self._rests(), self.spanning.due, self.widths.due)
+        return (*self._rests(), self.spanning.due, self.widths.due, self.migration.due)
 
     def _room(self) -> Room:
         return self.market.room(self._facts is not None and self._facts.narrow)

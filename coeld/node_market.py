@@ -3,11 +3,13 @@
 Also since when that rests: the auction is quiet when no claim has changed for a while.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from coeld.deployment.auction import Offer, Task, leaders
-from coeld.deployment.placement import Quiet, elsewhere, owners, replaced, won
+from coeld.deployment.placement import Quiet, elsewhere, owners, won
+from coeld.deployment.proposal import Facts
 from coeld.deployment.room import Room
+from coeld.deployment.supply import facts_of
 from coeld.ids import Lot, NodeId
 from coeld.messages import Record
 from coeld.node_config import NodeConfig
@@ -24,15 +26,36 @@ class Market:
         self._perception = perception
         self._me = perception.me.origin
         self._quiet_s, self._settle_s = config.quiet_ms / 1000, config.settle_ms / 1000
+        self._spans = config.spans
         self._quiet = Quiet()
         self._seen = -1
         self._leading: dict[Task, Offer] | None = None
         """The best claims; None: not counted since they changed."""
+        self._winners: dict[Lot, NodeId] = {}
+        self._rivalling: list[Record] = []
+        self._rivals: dict[Task, Offer] = {}
+        """The best claims of these."""
+        self._looked: tuple[tuple[Record, ...], ModelDemand | None] = (), None
+        """All present devices, and the model, that these were worked out for:"""
+        self._records: tuple[Record, ...] = ()
+        self._facts: Facts | None = None
+        self._room: Room | None = None
 
-    def records(self) -> list[Record]:
-        """Of the present devices, this one included."""
-        model = self.demand.model if self.demand else None
-        return [r for r in self._perception.present() if model is not None and r.model == model]
+    def records(self) -> tuple[Record, ...]:
+        """Of the present devices, this one included. The same tuple until one changes."""
+        present, demand = self._perception.present(), self.demand
+        if self._looked[0] is not present or self._looked[1] is not demand:
+            self._looked, self._facts = (present, demand), None
+            self._records = tuple(r for r in present if demand and r.model == demand.model)
+        return self._records
+
+    def facts(self) -> Facts:
+        """What a proposal depends on."""
+        assert self.demand is not None
+        records = self.records()
+        if self._facts is None:
+            self._facts = facts_of(self.demand, records, self._spans)
+        return self._facts
 
     def others(self) -> list[Record]:
         return [record for record in self.records() if record.origin != self._me]
@@ -64,14 +87,24 @@ class Market:
         """From when on the auction counts as quiet, and as settled."""
         return self._quiet.rests(self._quiet_s, self._settle_s)
 
+    def rivals(self) -> Mapping[Task, Offer]:
+        """The best claims of the others."""
+        others = self.others()
+        if self._rivalling != others:
+            self._rivalling, self._rivals = others, leaders(others)
+        return self._rivals
+
     def leaders(self) -> Mapping[Task, Offer]:
         if self._leading is None:
-            self._leading = leaders(self.records())
+            mine = [record for record in self.records() if record.origin == self._me]
+            self._leading = leaders(mine, self.rivals())
+            self._winners = owners(self._leading)
         return self._leading
 
-    def winners(self) -> dict[Lot, NodeId]:
+    def winners(self) -> Mapping[Lot, NodeId]:
         """The owner of each lot that somebody claims."""
-        return owners(self.leaders())
+        self.leaders()
+        return self._winners
 
     def won(self) -> dict[Lot, int]:
         """Lots won here, and which copy."""
@@ -81,15 +114,10 @@ class Market:
         """Lots that a device other than this one serves beyond suspicion."""
         return elsewhere(self.records(), self._me, self._perception.suspects())
 
-    def replaced(self, held: Iterable[Lot]) -> set[Lot]:
-        """Of the lots held here, those lost to others all of whom serve them."""
-        mine = self.won()
-        lost = [lot for lot in held if lot not in mine]
-        if not lost:
-            return set()
-        return replaced(lost, self.records(), self.leaders(), self._perception.suspects())
-
     def room(self, narrow: bool) -> Room:
         """Memory here and elsewhere; `narrow`: some lots have to be held in fewer bits."""
         assert self.demand is not None
-        return Room(self.demand, self._perception.me, self.records(), narrow)
+        records = self.records()
+        if self._room is None or self._room.records is not records or self._room.narrow != narrow:
+            self._room = Room(self.demand, self._perception.me, records, narrow)
+        return self._room

@@ -28,6 +28,7 @@ import demo
 from fault_bench import SETTLE_S_MAX
 from fault_scenes import SCENES
 
+from tests.harness.lab_swarm import ALWAYS
 from tests.netlab import missing
 
 
@@ -54,11 +55,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
     parser.add_argument("--keep", type=Path, help="a folder for logs that stays")
+    parser.add_argument("--spans", action="store_true", help="with swarm.spans = true")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"{reason}.", file=sys.stderr)
         return 2
     demo.ORGANISE_S_MAX = SETTLE_S_MAX
+    if arguments.spans:
+        ALWAYS["swarm"] = "spans = true"
     print("| fault | what is left | longest silence | whole again | text | afterwards |")
     print("|---|---|---|---|---|---|", flush=True)
     with scratch(arguments.keep) as folder:

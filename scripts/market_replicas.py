@@ -83,18 +83,14 @@ def price_ns(facts: Facts, there: list[list[int]]) -> int:
     """Every asker calls the quickest for each layer, or takes the shortest way through spans."""
     model = facts.model()
     owned = [sites[0] for sites in there]
-    total = 0
-    for asker in model.askers:
-        if facts.spans:
-            cost = way_ns(facts, asker, there, owned)
-        else:
-            layers = layers_served(model, owned)
-            cost = sum(
-                least_layer_ns(model, asker, sites, layer)
-                for sites, layer in zip(there, layers, strict=True)
-            )
-        total += model.devices[asker].weight * cost
-    return total
+    if facts.spans:
+        costs = [way_ns(facts, asker, there, owned) for asker in model.askers]
+    else:
+        served = zip(there, layers_served(model, owned), strict=True)
+        layers = [least_layer_ns(model, sites, layer) for sites, layer in served]
+        costs = list(map(sum, zip(*layers, strict=True)))
+    weights = [model.devices[asker].weight for asker in model.askers]
+    return sum(weight * cost for weight, cost in zip(weights, costs, strict=True))
 
 
 def way_ns(facts: Facts, asker: int, there: list[list[int]], owned: list[int]) -> int:

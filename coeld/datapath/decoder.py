@@ -1,13 +1,13 @@
 """The decoder: tokens in, logits out, leg by leg along a request's way.
 
 A leg here is run at once; one elsewhere is a call to its device, which keeps the keys and values of
-its layers, and rows go there and come back: the residual stream. A request keeps the way it
-set out on, whatever newer tables say, until it cannot be followed: a device does not answer, was
-restarted, serves that span no longer, or its answer is late. Then the journey ends in LegLost and
-the scheduler begins another that mends it: only what was lost is run again, on the rows that are
-kept of it (coeld.datapath.journey). The device is left out for LOST_S, in which its legs run here,
-cut by cut. One that refused is left out no longer than until there is a new table, REFUSED_S later
-at the earliest: it is alive, and only the routes were out of date.
+its layers, and rows go there and come back: the residual stream. A request goes over to the way of
+newer tables between two tokens. Until then it keeps its own, unless that cannot be followed: a
+device does not answer, was restarted, serves that span no longer, or its answer is late. Then the
+journey ends in LegLost and the scheduler begins another that mends it: only what was lost is run
+again, on the rows that are kept of it (coeld.datapath.journey). The device is left out for LOST_S,
+in which its legs run here, cut by cut. One that refused is left out no longer than until there is a
+new table, REFUSED_S later at the earliest: it is alive, and only the routes were out of date.
 """
 
 import time
@@ -20,7 +20,7 @@ import numpy as np
 from coeld.datapath.costs import layers_work, reach_work
 from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.frames import POSITION_MAX, SpanCall
-from coeld.datapath.journey import Journey, Stage, mended
+from coeld.datapath.journey import Journey, Kept, Stage, beside, mended
 from coeld.datapath.legs import run_leg
 from coeld.datapath.ports import Cache, Lane, Rows
 from coeld.datapath.quality import Quality
@@ -39,6 +39,8 @@ NEWS_S: Final = 0.05
 """That the agent gets to name another way before the next attempt: a failed one takes a second."""
 SWITCH_S_MAX: Final = 1.0
 """The longest wait for what is missing on a way while there is another."""
+SETTLED_S: Final = 0.3
+"""After new routes, before a request that is well goes over to their way."""
 NOTHING: Final[Rows] = np.zeros((0, 0), np.float32)
 
 
@@ -68,12 +70,32 @@ class Decoder:
         """Begin a journey along the present way, with what is left of the one that was lost."""
         way, me = self.way(), self._dispatcher.me
         if before is not None:
-            return mended(before, way, self._pieces(way, before), me, self._new_cache)
+            return mended(before, way, self._pieces(way, before), me, self._stage)
         mine = [leg for leg in way if leg.node == me]
         here = self._new_cache(layer for leg in mine for layer in range(leg.first, leg.stop))
-        stages = [Stage(leg, here if leg.node == me else None) for leg in way]
+        stages = [self._stage(leg, Kept(), here) for leg in way]
+        return Journey(way, stages, self._dispatcher.peers)
+
+    def aside(self, journey: Journey) -> Journey | None:
+        """A journey along the way of the present routes, to catch up beside one that goes on and
+        to go over to. None: there is no other way, or none yet that can be relied on."""
+        board, way = self._dispatcher.board, self._planned()
+        settled = time.monotonic() - board.pinned_s >= SETTLED_S and not self._lost_at
+        if board.table is journey.routes or way is None or not settled:
+            return None
+        journey.routes = board.table
+        if way == journey.way:
+            return None
+        legs = self._pieces(way, journey)
+        return beside(journey, way, legs, self._dispatcher.me, self._stage)
+
+    def _stage(self, leg: Leg, kept: Kept, here: Cache | None = None) -> Stage:
         self._numbers = (self._numbers + 1) % (1 << 32)
-        return Journey(way, stages, self._numbers, self._dispatcher.peers)
+        if leg.node == self._dispatcher.me:
+            here = self._new_cache(range(leg.first, leg.stop)) if here is None else here
+        else:
+            here = None
+        return Stage(leg, self._numbers, here, kept)
 
     def _pieces(self, way: Way, before: Journey) -> list[Leg]:
         """The way's legs, those here cut where stages of the old way begin and end, if graphs do:
@@ -165,9 +187,9 @@ class Decoder:
         if address is None:
             journey.lose(leg.node)
             raise LegLost(f"{leg.node} is not in the route table any more")
-        asked = SpanCall(journey.number, journey.length, leg.first, leg.stop, keep)
+        asked = SpanCall(stage.number, journey.length, leg.first, leg.stop, keep)
         assert asked.position + len(x) <= POSITION_MAX
-        journey.asked.add(leg.node)
+        stage.asked = True
         started_s = time.monotonic()
         try:
             errors = errand.quality.hop_errors()
@@ -196,8 +218,12 @@ class Decoder:
         return rows
 
     def way(self) -> Way:
-        """The table's way, or all layers here while this device's graphs do not fit the way's legs
-        (they are being built)."""
+        """The table's way, or all layers here while there are no graphs for it."""
+        return self._planned() or (Leg(self._dispatcher.me, 0, self._layers),)
+
+    def _planned(self) -> Way | None:
+        """The table's way; None while this device's graphs do not fit its legs (they are being
+        built)."""
         now = time.monotonic()
         me, layers = self._dispatcher.me, self._layers
         table = self._dispatcher.board.table
@@ -210,7 +236,7 @@ class Decoder:
         if way[-1].node != me:
             parts.append((layers, layers, True))
         fits = all(self._lane.can_run(*part) for part in parts)
-        return way if fits else (Leg(me, 0, layers),)
+        return way if fits else None
 
 
 class _Errand:
@@ -230,5 +256,7 @@ class _Errand:
         now_s = time.monotonic()
         self._since_s = now_s if self._since_s is None else self._since_s
         patience_s = min(SWITCH_S_MAX, self._request.replay_s / 2)
+        if self._journey is not self._request.journey:
+            raise LegLost("nothing waits for a way that is not taken yet")
         if now_s - self._since_s >= patience_s and self._decoder.way() != self._journey.way:
             raise LegLost("the way has changed")

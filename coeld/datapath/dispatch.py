@@ -46,10 +46,12 @@ class RouteBoard:
         self._changed = threading.Condition()
         self._version = 0
         self.table: RouteTable | None = None
+        self.pinned_s = 0.0
+        """When it was pinned (time.monotonic)."""
 
     def pin(self, table: RouteTable) -> None:
         with self._changed:
-            self.table = table
+            self.table, self.pinned_s = table, time.monotonic()
             self._bump()
 
     def nudge(self) -> None:

@@ -8,17 +8,21 @@ what they have cached and are skipped, and the bits are those of an undisturbed 
 
 A stage is also run again if the rows that come out of it are wanted and not known: where a leg of
 the new way begins at a layer at which none began before.
+
+Where nothing is lost and only the routes have changed, the same is done *beside* the journey under
+way: what both have in common they share, the rest catches up between tokens, and then the request
+goes over. So a device that gives layers away can be left before it has.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from coeld.datapath.ports import Cache, PeerLink, Rows
 from coeld.datapath.ways import Way
 from coeld.ids import NodeId
-from coeld.routes import Leg
+from coeld.routes import Leg, RouteTable
 
 
 class Kept:
@@ -52,30 +56,38 @@ class Stage:
     """Layers that one device runs in one go."""
 
     leg: Leg
+    number: int
+    """Names its caches at a peer."""
     cache: Cache | None
     """Keys and values, if the layers run here; may be shared with other stages."""
-    kept: Kept = field(default_factory=Kept)
+    kept: Kept
     """What entered it; nothing where tokens enter."""
     length: int = 0
     """Tokens that it has cached."""
+    asked: bool = False
+    """Its peer may have caches for it."""
     lost: bool = False
     """Its device does not have them any more."""
+    within: "Stage | None" = None
+    """A stage of another journey under way that runs these layers too, in the same cache."""
+
+
+NewStage = Callable[[Leg, Kept], Stage]
+"""For a leg, without anything cached."""
 
 
 class Journey:
     """Where the keys and values of one request are."""
 
-    def __init__(self, way: Way, stages: Sequence[Stage], number: int, peers: PeerLink) -> None:
+    def __init__(self, way: Way, stages: Sequence[Stage], peers: PeerLink) -> None:
         self.way = way
         self.stages = stages
-        self.number = number
-        """Names the request at peers."""
         self.length = min(stage.length for stage in stages)
         """Tokens that the next pass follows."""
         self.progress = 0
         """Tokens that have been all the way, on this journey or on one that it mends."""
-        self.asked: set[NodeId] = set()
-        """Peers that may hold caches."""
+        self.routes: RouteTable | None = None
+        """The last that were looked at for another way."""
         self.peers = peers
 
     def stop(self) -> int | None:
@@ -103,46 +115,65 @@ class Journey:
         for stage in self.stages:
             stage.lost |= stage.leg.node == node
 
-    def free(self, kept: Collection[Stage] = ()) -> None:
-        """Let all caches go but those that the stages of another journey go on with."""
-        spared = {id(stage.cache) for stage in kept}
+    def free(self, but: "Journey | None" = None) -> None:
+        """Let all caches go but those that another journey goes on with."""
+        stages = but.stages if but is not None else ()
+        numbers, spared = {s.number for s in stages}, {id(s.cache) for s in stages}
         for stage in self.stages:
             if stage.cache is not None and id(stage.cache) not in spared:
                 stage.cache.free()
-        for node in self.asked - {stage.leg.node for stage in kept}:
-            self.peers.free(node, self.number)
-            self.asked.discard(node)
+            if stage.asked and stage.number not in numbers:
+                self.peers.free(stage.leg.node, stage.number)
+
+    def part_from(self, other: "Journey") -> None:
+        """The other is over; this one has what it needs of it."""
+        for stage in self.stages:
+            stage.within = None
+        other.free(self)
+
+    def follow(self, other: "Journey") -> bool:
+        """Take over how far stages are that the other journey runs. True if all are that far."""
+        for stage in self.stages:
+            if stage.within is not None:
+                stage.length = stage.within.length
+        self.length = min(stage.length for stage in self.stages)
+        self.progress = other.progress
+        return self.length >= other.length
 
 
-def mended(
-    before: Journey,
-    way: Way,
-    legs: Sequence[Leg],
-    me: NodeId,
-    new_cache: Callable[[range], Cache],
-) -> Journey:
+def mended(before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage) -> Journey:
     """A journey along another way with whatever of the old one's caches lies on it; `legs` are that
-    way with what runs here in pieces. `before` is over.
+    way with what runs here in pieces. `before` is over."""
+    made = _along(before, way, legs, me, new, back=True)
+    made.part_from(before)
+    return made
 
-    From the last stage to the first: how many tokens each may have cached so that the rows that the
-    next one lacks are known, or come out when it runs the rest.
-    """
+
+def beside(before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage) -> Journey:
+    """The same while `before` goes on: what would have to go back is not shared with it."""
+    return _along(before, way, legs, me, new, back=False)
+
+
+def _along(
+    before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage, back: bool
+) -> Journey:
+    """From the last stage to the first: how many tokens each may have cached so that the rows that
+    the next one lacks are known, or come out when it runs the rest."""
     known = {stage.leg.first: stage.kept for stage in before.stages[1:]}
     stages: list[Stage] = []
     limit = before.progress
     for leg in reversed(legs):
         old, kept = _reusable(before, leg, leg.node == me), known.get(leg.first, Kept())
-        if old is not None:
-            stage = Stage(leg, old.cache, kept, min(old.length, limit))
+        if old is not None and min(old.length, limit) >= (1 if back else old.length):
+            length = min(old.length, limit)
+            stage = Stage(leg, old.number, old.cache, kept, length, old.asked, within=old)
         else:
-            cache = new_cache(range(leg.first, leg.stop)) if leg.node == me else None
-            stage = Stage(leg, cache, kept)
+            stage = new(leg, kept)
         stages.append(stage)
         limit = min(before.progress, max(stage.length, kept.length))
     stages.reverse()
-    made = Journey(way, stages, before.number, before.peers)
-    made.progress, made.asked = before.progress, before.asked
-    before.free(stages)
+    made = Journey(way, stages, before.peers)
+    made.progress = before.progress
     return made
 
 

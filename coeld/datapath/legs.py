@@ -153,7 +153,7 @@ class Guest:
         return out[-asked.keep :]
 
     def free(self, number: int) -> None:
-        """The caller's request is over."""
+        """The caller's request is over, or goes another way."""
         for key in [key for key in self._caches if key[0] == number]:
             self._drop(key)
         if not self._caches:
@@ -169,10 +169,7 @@ class Guest:
             self._drop(key)
 
     def _begin(self, key: tuple[int, int, int]) -> None:
-        number, first, stop = key
-        for other in list(self._caches):  # of a way that this one mends
-            if other[0] == number and other[1] < stop and first < other[2]:
-                self._drop(other)
+        _number, first, stop = key
         if len(self._caches) >= CACHES_PER_CALLER_MAX:
             raise PeerRefused(f"{CACHES_PER_CALLER_MAX} caches are in use already")
         if not self._lane.can_run(first, stop, head=False):

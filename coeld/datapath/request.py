@@ -51,6 +51,8 @@ class Request:
     journey: Journey | None = None
     astray: bool = False
     """Its journey cannot go on: another has to mend it."""
+    ahead: Journey | None = None
+    """Another that catches up beside it, to go over to."""
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
     tokens: list[int] = field(default_factory=list)
     """The prompt and what was generated: all that is needed to begin again elsewhere."""

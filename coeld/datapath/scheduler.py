@@ -27,6 +27,11 @@ PREFILL_CHUNK_TOKENS: Final = 256
 REPLAY_S: Final = 5.0
 """A silence that a reader bears for the sake of the very same text."""
 
+CATCH_UP_STEPS: Final = 2.0
+"""A reader gets a third of the tokens while a request changes its way."""
+CATCH_UP_S_MAX: Final = 0.1
+"""After one token: its own time may have been a stall."""
+
 LOSSES_MAX: Final = 6
 """Ways that one token may lose. Each after the first means LOST_S without some device: 18 s."""
 
@@ -74,12 +79,14 @@ class Scheduler:
         self._end_journey(request)
 
     def _end_journey(self, request: Request) -> None:
+        self._stay(request)
         if request.journey is not None:
             request.journey.free()
             request.journey = None
 
     def _begin_again(self, request: Request, lost: LegLost) -> NotCovered | None:
         """The next step sets out on another way. The error, when that is of no use."""
+        self._stay(request)
         request.astray, request.stepped = True, None
         if request.lost_since_s is None:
             request.lost_since_s = time.monotonic()
@@ -108,7 +115,7 @@ class Scheduler:
         journey = request.journey
         if journey is None or request.astray:
             journey = self._depart(request)
-        chunk = self._next_tokens(request, journey)
+        chunk = self._next_tokens(request, journey.length, journey.stop())
         logits = self._decoder.forward(journey, chunk, [len(chunk) - 1], request)
         request.cached += len(chunk)
         now = time.monotonic()
@@ -125,7 +132,41 @@ class Scheduler:
         if request.lost_since_s is not None:
             request.stalls_s.append(now - request.lost_since_s)
             request.losses, request.lost_since_s = 0, None
-        return self._emit(request, choose(logits[0], request.sampling, request.generator))
+        reason = self._emit(request, choose(logits[0], request.sampling, request.generator))
+        if reason is None and len(chunk) == 1:
+            self._go_over(request, journey, now - started)
+        return reason
+
+    def _go_over(self, request: Request, journey: Journey, step_s: float) -> None:
+        """Leave a way that still works for that of newer routes: another journey catches up beside
+        it, for CATCH_UP_STEPS times as long as a token takes after each, and then takes its place.
+        """
+        ahead = request.ahead
+        if ahead is None:
+            ahead = request.ahead = self._decoder.aside(journey)
+        if ahead is None:
+            return
+        request.stepped = None
+        until_s = time.monotonic() + min(CATCH_UP_STEPS * step_s, CATCH_UP_S_MAX)
+        try:
+            while not ahead.follow(journey):
+                if time.monotonic() >= until_s:
+                    return
+                stop = min(journey.length, ahead.stop() or journey.length)
+                chunk = self._next_tokens(request, ahead.length, stop)
+                self._decoder.forward(ahead, chunk, [len(chunk) - 1], request)
+        except (LegLost, NotCovered):
+            self._stay(request)
+            return
+        ahead.routes = journey.routes
+        ahead.part_from(journey)
+        request.journey, request.ahead = ahead, None
+
+    def _stay(self, request: Request) -> None:
+        """Go over to no other way."""
+        if request.ahead is not None:
+            request.ahead.free(request.journey)
+            request.ahead = None
 
     def _learn(self, request: Request, rows: int, now: float) -> None:
         """What a token took that had nobody else's turns, nor a search for owners, in it."""
@@ -139,13 +180,13 @@ class Scheduler:
             rest_s = max(0.0, took_s - spent_s)
             self._decoder.costs.note(rest_work(split.cuts - before[2]), rest_s)
 
-    def _next_tokens(self, request: Request, journey: Journey) -> list[int]:
-        """What the caches lack next; the chunks of a prompt are the same on every way."""
-        at, prompt = request.cached, len(request.prompt)
+    def _next_tokens(self, request: Request, at: int, stop: int | None) -> list[int]:
+        """What caches of `at` tokens lack next; a prompt's chunks are the same on every way."""
+        prompt = len(request.prompt)
         if at < prompt:
             return request.prompt[at : at + PREFILL_CHUNK_TOKENS]
-        stop = at + (1 if request.exact else PREFILL_CHUNK_TOKENS)
-        return request.tokens[at : min(stop, journey.stop() or stop)]
+        end = at + (1 if request.exact else PREFILL_CHUNK_TOKENS)
+        return request.tokens[at : min(end, stop or end)]
 
     def _emit(self, request: Request, token: int) -> FinishReason | None:
         if token in request.eos_tokens:

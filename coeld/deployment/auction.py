@@ -10,7 +10,7 @@ devices are in one total order (copy, bid, node, lot), hence there is exactly on
 the one a central greedy would find, whatever the order in which claims travel.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from coeld.ids import Lot, NodeId
 from coeld.messages import Claim, Record
@@ -21,15 +21,15 @@ Offer = tuple[int, NodeId]
 """A bid and who bids: larger wins."""
 
 
-def leaders(records: Iterable[Record]) -> dict[Task, Offer]:
-    """The best claim on every task among these devices."""
-    best: dict[Task, Offer] = {}
+def leaders(records: Iterable[Record], rivals: Mapping[Task, Offer] = {}) -> dict[Task, Offer]:
+    """The best claim on every task among these devices and `rivals`, the leaders of others."""
+    best = dict(rivals)
     for record in records:
         origin = record.origin
         for lot, copy, bid in record.claims:
-            offer = (bid, origin)
-            if offer > best.get((lot, copy), (-1, origin)):
-                best[lot, copy] = offer
+            task, offer = (lot, copy), (bid, origin)
+            if offer > best.setdefault(task, offer):
+                best[task] = offer
     return best
 
 
@@ -37,7 +37,7 @@ def bundle(
     me: NodeId,
     lots: Iterable[Lot],
     bid: Callable[[Lot], int],
-    rivals: dict[Task, Offer],
+    rivals: Mapping[Task, Offer],
     capacity: int,
     copies: int,
     barred: Collection[Lot],

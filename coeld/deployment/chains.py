@@ -63,11 +63,23 @@ def cut_ns(model: CostModel, asker: int, site: int, layers: int, context_tokens:
 
 def swarm_span_ns(model: CostModel, site: int, layers: int) -> int:
     """Summed over all devices that ask, by weight."""
-    return sum(model.devices[a].weight * span_ns(model, a, site, layers) for a in model.askers)
+    home = model.sites[site][0]
+    reach = [0 if asker == home else model.reached(asker, site) for asker in model.askers]
+    busy = layers * (model.attention_ns(home) + model.whole_ns(site))
+    return _summed(model, [busy + one for one in reach])
 
 
 def swarm_cut_ns(model: CostModel, site: int, layers: int) -> int:
-    return sum(model.devices[a].weight * cut_ns(model, a, site, layers) for a in model.askers)
+    whole = model.whole_ns(site)
+    each = [model.attention_ns(a) + whole + model.reached(a, site) for a in model.askers]
+    return layers * _summed(model, each)
+
+
+def _summed(model: CostModel, costs: Iterable[int]) -> int:
+    """What something costs each asker, by weight."""
+    return sum(
+        model.devices[asker].weight * cost for asker, cost in zip(model.askers, costs, strict=True)
+    )
 
 
 def swarm_run_ns(model: CostModel, site: int, layers: int) -> int:
@@ -191,8 +203,9 @@ class Way:
         best[0][self._asker] = (0, ())
         for layer, ends in enumerate(best[:-1]):
             for step in (Run(self._asker, layer, layer + 1), *self._steps.get(layer, ())):
+                busy, hop = self._busy(step), self._hop(step)
                 costs = [
-                    (cost + self._hop(last, step) + self._busy(step), (*path, step))
+                    (cost + busy + (hop if step.site != last else 0), (*path, step))
                     for last, (cost, path) in ends.items()
                 ]
                 found = best[step.stop]
@@ -203,8 +216,9 @@ class Way:
             return list(before)
         return runs((layer, step.site) for step in path for layer in range(step.first, step.stop))
 
-    def _hop(self, last: int, step: Run) -> int:
-        if step.site in (last, self._asker):
+    def _hop(self, step: Run) -> int:
+        """What it costs to reach a step from another device's."""
+        if step.site == self._asker:
             return 0
         return self._model.reached(self._asker, self._model.sites.index((step.site, 0)))
 
@@ -230,7 +244,7 @@ class Way:
                     if not found:
                         return None
                     step = found[0]
-                total += self._hop(last, step) + self._busy(step)
+                total += self._busy(step) + (self._hop(step) if step.site != last else 0)
                 at, last = step.stop, step.site
             if at != leg.stop:
                 return None

@@ -27,6 +27,8 @@ class OwnSpans:
         self._facts: Facts | None = None
         self._model: CostModel | None = None
         self._before: tuple[Leg, ...] = ()
+        self._asked: object = None
+        """What the way so far was found for."""
 
     def wanted(
         self,
@@ -67,30 +69,44 @@ class OwnSpans:
         demand: ModelDemand,
         records: Sequence[Record],
         suspects: Collection[NodeId],
+        here: Collection[int],
         spans: Sequence[Leg],
     ) -> tuple[Leg, ...]:
         """The cheapest way through all layers; empty: every layer's attention here.
 
-        Layers that are not here whole and that somebody serves as a span must be asked there.
+        Layers that are not whole `here`, to stay, and that somebody serves as a span must be asked
+        there.
         """
         if all(span.node == self.me for span in spans):
-            self._before = ()
+            self._before, self._asked = (), None
             return ()
         facts = self._facts_of(demand, records, spans)
+        here = whole_layers(demand, next(r for r in records if r.origin == self.me).serving)
+        if self._asked != (facts, here, suspects, spans):
+            self._asked = facts, here, suspects, spans
+            self._before = self._way(facts, here, suspects, spans)
+        return self._before if any(leg.node != self.me for leg in self._before) else ()
+
+    def _way(
+        self,
+        facts: Facts,
+        here: Collection[int],
+        suspects: Collection[NodeId],
+        spans: Sequence[Leg],
+    ) -> tuple[Leg, ...]:
         assert self._model is not None
         index = {device.node: i for i, device in enumerate(facts.devices)}
         ways = Way(
             self._model,
             index[self.me],
-            whole_layers(demand, next(r for r in records if r.origin == self.me).serving),
+            here,
             [Run(index[s.node], s.first, s.stop) for s in spans if s.node in index],
             {index[node] for node in suspects if node in index},
         )
         before = [Run(index.get(leg.node, -1), leg.first, leg.stop) for leg in self._before]
-        self._before = tuple(
+        return tuple(
             Leg(facts.devices[run.site].node, run.first, run.stop) for run in ways.cheapest(before)
         )
-        return self._before if any(leg.node != self.me for leg in self._before) else ()
 
     def _facts_of(
         self, demand: ModelDemand, records: Sequence[Record], spans: Sequence[Leg]

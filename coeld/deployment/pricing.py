@@ -99,10 +99,11 @@ def bids(
         most = max(map(model.uses, lots))
         if most not in values:
             values[most] = 4 if index is None else value_us(model, index, most)
+        order = tie(me, layer)
         for lot in lots:
             mine = PROPOSED if owners.get(lot) == me else REPLICA if layer in copied else 0
             value = values[most]
             if lot in held and not mine:
                 value = value * HELD_WORTH[0] // HELD_WORTH[1]
-            found[lot] = mine | min(VALUE_MAX, value) << TIE_BITS | tie(me, layer)
+            found[lot] = mine | min(VALUE_MAX, value) << TIE_BITS | order
     return found

@@ -81,17 +81,19 @@ class Deliberation:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self._model = facts.model()
+        self.model = facts.model()
         demand = facts.demand
-        self._rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in self._model.tiers]
+        self._rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in self.model.tiers]
         self._layers = [room // demand.experts for room in self._rooms]
         """Whole layers that fit at each site, or that it takes if some are narrow."""
         if facts.narrow:
-            rooms = [tier.memory_bytes for tier in self._model.tiers]
+            rooms = [tier.memory_bytes for tier in self.model.tiers]
             self._layers = quotas(demand, rooms, self._order())
         self.whole = facts.narrow or (sum(self._layers) >= demand.layers and not facts.split)
         """Layers are whole, and parts of some are worth nothing. Certain once all is thought."""
         self._placed: dict[Lot, int] | None = None
+        self._blocks: Proposal | None = None
+        """What is `_placed`, priced."""
         self._search: Search | None = None
         self._slices: Iterator[None] = iter(())
         if self.whole:
@@ -114,7 +116,9 @@ class Deliberation:
         """
         if not self.whole and self._search is not None and self._search.found is not None:
             return self._proposal(named(self._search, self._sites_of(served)))
-        return self._proposal(self._placed) if self._placed is not None else None
+        if self._blocks is None and self._placed is not None:
+            self._blocks = self._proposal(self._placed)
+        return self._blocks
 
     def kept(self, served: Mapping[Lot, NodeId], fresh: Proposal) -> Proposal | None:
         """What is `served`, with the owners of `fresh`, or whoever has room, where nobody does.
@@ -132,12 +136,12 @@ class Deliberation:
         return [(tie(self._node(site), 0), site) for site in range(len(self._rooms))]
 
     def _in_blocks(self) -> dict[Lot, int]:
-        placed = blocks(self._model, self._layers, self._order())
+        placed = blocks(self.model, self._layers, self._order())
         return {lot: placed[lot.layer] for lot in self.facts.demand.lots()}
 
     def _cheap(self) -> bool:
         """No placement in parts could gain enough over whole layers: none need be looked for."""
-        enough = parts_at_least_ns(self._model) * (100 + PARTS_GAIN_PERCENT)
+        enough = parts_at_least_ns(self.model) * (100 + PARTS_GAIN_PERCENT)
         return self._price(self._placed) * 100 <= enough
 
     def _compare(self) -> None:
@@ -169,7 +173,7 @@ class Deliberation:
             left[site] -= 1
         if min(left) < 0:
             return None
-        cheapest = sorted(range(len(left)), key=lambda s: (block_ns(self._model, s, 1), s))
+        cheapest = sorted(range(len(left)), key=lambda s: (block_ns(self.model, s, 1), s))
         for lot in lots:
             if lot not in placed:
                 free = [site for site in (wanted[lot], *cheapest) if left[site] > 0]
@@ -194,7 +198,7 @@ class Deliberation:
             elif site is not None:
                 left[site] -= 1
         first = [wanted[Lot(layer, 0)] for layer in range(demand.layers)]
-        placed = completed(self._model, there, left, first)
+        placed = completed(self.model, there, left, first)
         return {lot: placed[lot.layer] for lot in demand.lots()} if placed is not None else None
 
     def _in_parts(self, sites: Mapping[Lot, int]) -> bool:
@@ -210,11 +214,11 @@ class Deliberation:
     # ---- both ------------------------------------------------------------------------------
 
     def _node(self, site: int) -> NodeId:
-        return self.facts.devices[self._model.sites[site][0]].node
+        return self.facts.devices[self.model.sites[site][0]].node
 
     def _price(self, placed: Mapping[Lot, int] | None) -> int:
         assert placed is not None
-        return placement_ns(self._model, shares_of(self._model, placed))
+        return placement_ns(self.model, shares_of(self.model, placed))
 
     def _proposal(self, placed: Mapping[Lot, int]) -> Proposal:
         owners = {lot: self._node(site) for lot, site in placed.items()}

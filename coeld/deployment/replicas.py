@@ -105,37 +105,43 @@ def _values(
     """By (site, layer) that is not there yet: nanoseconds per token that a copy saves all askers, 1
     at least, and its order among equals."""
     found: dict[tuple[int, int], tuple[int, int]] = {}
-    known: dict[tuple[Run, tuple[int, ...], int], int] = {}
+    known: dict[tuple[Run, tuple[int, ...]], dict[int, int]] = {}
     for index, (layer, there) in enumerate(zip(layers, holders, strict=True)):
+        key = layer.run, there
+        if key not in known:
+            known[key] = _saved_ns(model, layer, there, sites)
         for site in sites:
             if site in there:
                 continue
-            key = layer.run, there, site
-            if key not in known:
-                known[key] = max(1, _saved_ns(model, layer, there, site))
             node = model.devices[model.sites[site][0]].node
-            found[site, index] = known[key], tie(node, layer.run.first)
+            found[site, index] = max(1, known[key][site]), tie(node, layer.run.first)
     return found
 
 
-def _saved_ns(model: CostModel, layer: Layer, there: Sequence[int], site: int) -> int:
-    saved = 0
-    for asker in model.askers:
-        now = least_layer_ns(model, asker, there, layer)
-        then = layer_ns(model, asker, site, layer)
-        saved += model.devices[asker].weight * max(0, now - then)
-    return saved
+def _saved_ns(
+    model: CostModel, layer: Layer, there: Sequence[int], sites: Sequence[int]
+) -> dict[int, int]:
+    """What a copy at each of these sites saves all askers."""
+    now = least_layer_ns(model, there, layer)
+    weights = [model.devices[asker].weight for asker in model.askers]
+    return {
+        site: sum(
+            weight * max(0, before - then)
+            for weight, before, then in zip(weights, now, layer_ns(model, site, layer), strict=True)
+        )
+        for site in sites
+    }
 
 
-def least_layer_ns(model: CostModel, asker: int, sites: Iterable[int], layer: Layer) -> int:
-    """What it costs at the one of these sites where it is quickest."""
-    return min(layer_ns(model, asker, site, layer) for site in sites)
+def least_layer_ns(model: CostModel, sites: Iterable[int], layer: Layer) -> list[int]:
+    """What it costs each asker at the one of these sites where it is quickest for that one."""
+    return list(map(min, zip(*(layer_ns(model, site, layer) for site in sites), strict=True)))
 
 
-def layer_ns(model: CostModel, asker: int, site: int, layer: Layer) -> int:
-    """What one layer costs an asker at a site that serves it as its owner does."""
-    home, reach = model.sites[site][0], model.reached(asker, site)
+def layer_ns(model: CostModel, site: int, layer: Layer) -> list[int]:
+    """What one layer costs each asker at a site that serves it as its owner does."""
+    home, whole = model.sites[site][0], model.whole_ns(site)
     if not layer.span:
-        return model.attention_ns(asker) + model.whole_ns(site) + reach
-    hop = 0 if home == asker else reach // layer.run.layers
-    return model.attention_ns(home) + model.whole_ns(site) + hop
+        return [model.attention_ns(a) + whole + model.reached(a, site) for a in model.askers]
+    busy, layers = model.attention_ns(home) + whole, layer.run.layers
+    return [busy + (0 if a == home else model.reached(a, site) // layers) for a in model.askers]

@@ -1,7 +1,7 @@
 """What a device may claim and hold, by its budget, those of others and the width of lots. Pure."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from coeld.deployment.cost import CostModel
 from coeld.deployment.own_spans import roomy
@@ -29,6 +29,8 @@ class Room:
     """Of all devices with the model, this one too."""
     narrow: bool
     """The lots fit only if some are held in fewer bits (coeld.deployment.widths)."""
+    _rooms: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    """How many lots fit at each device that is considered, once counted."""
 
     @property
     def demand(self) -> ModelDemand:
@@ -79,5 +81,7 @@ class Room:
         return missing_lots(unclaimed, self._everybody(), self.stored) * self.stored.lot_bytes
 
     def _everybody(self) -> list[int]:
-        counted = considered(self.stored, self.records)
-        return [capacity(record.memory_budget_bytes, self.demand) for record in counted]
+        if not self._rooms:
+            counted, demand = considered(self.stored, self.records), self.demand
+            self._rooms.extend(capacity(r.memory_budget_bytes, demand) for r in counted)
+        return self._rooms

@@ -141,9 +141,10 @@ class OpenModel:
             hosts = list(self._hosts)
         borders = {border for host in hosts for border in host.borders()}
         for request in list(self.scheduler.active):
-            journey = request.journey
-            if journey is not None and len(journey.way) > 1:
-                borders |= {border for leg in journey.way for border in (leg.first, leg.stop)}
+            for journey in (request.journey, request.ahead):
+                if journey is not None and len(journey.stages) > 1:
+                    legs = [stage.leg for stage in journey.stages]
+                    borders |= {border for leg in legs for border in (leg.first, leg.stop)}
         return frozenset(borders)
 
     def admit(self, request: Request, tokens_max: int | None, param: str = "messages") -> None:

@@ -74,6 +74,9 @@ class Membership:
     def present(self) -> Iterator[Member]:
         return (member for member in self.members.values() if member.present)
 
+    def suspects(self) -> set[NodeId]:
+        return {node for node, member in self._timed.items() if member.status == Status.SUSPECT}
+
     def gone(self) -> list[Member]:
         """The dead, who may come back; not those who left."""
         return [member for member in self._timed.values() if member.status == Status.DEAD]

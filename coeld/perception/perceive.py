@@ -56,11 +56,10 @@ class Perception:
         """Our record as it was last published: later changes have no version yet."""
         self.held: dict[NodeId, Record] = {}
         self.membership = Membership(node, config, self._changed)
+        self.suspects = self.membership.suspects
         self.rings = Rings(node, config.neighbours_max)
         self.links = Links(rng)
-        self.market = 0
-        self.supply = 0
-        self.marks = 0
+        self.market = self.supply = self.marks = 0
         self.counters = {"other_swarm": 0, "forged_sender": 0, "stale": 0}
         self.admission = Admission()
         grown_up_s = 2 * config.silence_ms / 1000
@@ -81,6 +80,8 @@ class Perception:
         self._comparing = Comparing(self._beat_s)
         self._asks: dict[NodeId, dict[NodeId, None]] = {}
         self._asked: dict[NodeId, tuple[gossip.Version, float]] = {}
+        self._there: dict[NodeId, Record] = {}  # of the others who are present
+        self._present: tuple[Record, ...] = ()  # and ours; empty: to be gathered anew
         self._rewired = False
         """Did something change that the choice of neighbours depends on?"""
         self._outbox: list[Effect] = []
@@ -92,17 +93,12 @@ class Perception:
         record = self.held.get(member.node)
         return record if record and record.incarnation == member.incarnation else None
 
-    def present(self) -> Iterator[Record]:
-        """Records of the devices that are there, this one included."""
-        yield self.me
-        for member in self.membership.present():
-            record = self.record(member)
-            if record is not None:
-                yield record
-
-    def suspects(self) -> set[NodeId]:
-        members = self.membership.present()
-        return {member.node for member in members if member.status == Status.SUSPECT}
+    def present(self) -> tuple[Record, ...]:
+        """Records of the devices that are there, this one first. The same tuple until one changes:
+        what was worked out from it still holds."""
+        if not self._present or self._present[0] is not self.me:
+            self._present = (self.me, *self._there.values())
+        return self._present
 
     @property
     def view(self) -> str:
@@ -112,7 +108,7 @@ class Perception:
     @property
     def complete(self) -> bool:
         """Is the record of every present device known?"""
-        return all(self.record(member) is not None for member in self.membership.present())
+        return len(self.present()) == self.membership.present_count + 1
 
     @property
     def due(self) -> float:
@@ -160,11 +156,10 @@ class Perception:
 
     def tell(self, urgent: bool = True, **changes: Any) -> None:
         """Change this device's own record."""
-        fresh = replace(self.me, **changes)
-        if fresh == self.me:
+        if all(getattr(self.me, name) == value for name, value in changes.items()):
             return
-        self._compare(self.me, fresh)
-        self.me = fresh
+        before, self.me = self.me, replace(self.me, **changes)
+        self._compare(before, self.me)
         self._urgent |= urgent
         self._lazy = True
 
@@ -456,6 +451,10 @@ class Perception:
 
     def _note(self, member: Member) -> None:
         record = self.record(member)
+        self._there.pop(member.node, None)
+        if record and member.present:
+            self._there[member.node] = record
+        self._present = ()
         seq = record.seq if record else 0
         self._view.note(member.node, member.incarnation, seq, member.status)
 

@@ -61,8 +61,9 @@ def bytes_of(world: World, device: Device) -> int:
 def _there(world: World, device: Device, model: ModelHash, lot: Lot) -> bool:
     """Is a lot of that model in a device's memory, or was it lately?"""
     opened = device.demand is not None and device.demand.model == model
-    stale_s = world.now - device.left_memory.get(lot, float("-inf"))
-    return (opened and lot in device.serving | device.draining) or stale_s < STALE_S
+    if opened and (lot in device.serving or lot in device.draining):
+        return True
+    return world.now - device.left_memory.get(lot, float("-inf")) < STALE_S
 
 
 def _safe_ways(world: World, device: Device, table: RouteTable) -> None:

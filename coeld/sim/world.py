@@ -11,6 +11,7 @@ gives the same trace, which is kept as one sha256.
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -43,7 +44,7 @@ from coeld.events import (
     Tick,
 )
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.messages import Delta, Message, decode, encode
+from coeld.messages import Delta, Message, Record, decode, encode
 from coeld.node import Node, NodeConfig
 from coeld.releases import Progress
 from coeld.sim.device import Device, Network, Request, Spec, Stalls
@@ -57,6 +58,7 @@ TOPIC_BYTES = 48
 """What MQTT adds to a message: fixed header, length, and coeld/1/<swarm>/all/<sender>."""
 SLOW_FACTOR = 100
 REPORTS_MAX = 100_000
+DECODED_MAX = 2000
 
 
 class World:
@@ -92,6 +94,8 @@ class World:
         self.observers: list[Callable[[Device, Event], None]] = []
         """Told of every event after the device has taken it."""
         self._codec = codec
+        self._decoded: dict[str, Record] = {}
+        """Texts of records that travelled lately, and what they were read as."""
         self._listeners: dict[NodeId, dict[NodeId, None]] = {id: {} for id in self.devices}
         """Who listens to whose broker."""
         self._split: dict[NodeId, int] = {}
@@ -287,17 +291,10 @@ class World:
             watcher(self, device, effect)
         match effect:
             case Publish(message):
-                data = encode(message)
-                received = decode(data) if self._codec else message
-                self._trace.update(data)
-                for listener in self._listeners[device.id]:
-                    self._transmit(device, listener, received, len(data))
+                self._say(device, list(self._listeners[device.id]), message)
             case Send(to, message):
                 if to in self._listeners[device.id]:
-                    data = encode(message)
-                    self._trace.update(data)
-                    received = decode(data) if self._codec else message
-                    self._transmit(device, to, received, len(data))
+                    self._say(device, [to], message)
             case Connect(node):
                 self._later(LINK_S, self._link, device, device.life, node)
             case Disconnect(node):
@@ -323,6 +320,26 @@ class World:
             case Report(text):
                 if len(self.reports) < REPORTS_MAX:
                     self.reports.append((self.now, device.id, text))
+
+    def _say(self, device: Device, listeners: Iterable[NodeId], message: Message) -> None:
+        data = encode(message)
+        self._trace.update(data)
+        received = self._read(message, data) if self._codec else message
+        for listener in listeners:
+            self._transmit(device, listener, received, len(data))
+
+    def _read(self, message: Message, data: bytes) -> Message:
+        """What arrives. A record goes from device to device: whoever sends it, it is read once."""
+        if not isinstance(message, Delta):
+            return decode(data)
+        texts = [record.to_json() for record in message.records]
+        if not self._decoded.keys() >= set(texts):
+            arrived = decode(data)
+            assert isinstance(arrived, Delta)
+            if len(self._decoded) > DECODED_MAX:
+                self._decoded.clear()
+            self._decoded |= zip(texts, arrived.records, strict=True)
+        return replace(message, records=tuple(map(self._decoded.__getitem__, texts)))
 
     def _transmit(self, device: Device, to: NodeId, message: Message, size: int) -> None:
         size += TOPIC_BYTES

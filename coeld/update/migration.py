@@ -1,13 +1,12 @@
 """From the lots this device holds to the lots it won: make before break, never above the budget.
 
 Each lot walks through one table of states; a move that the table does not know is a programming
-mistake. A lot that others won is kept until they all serve it, for who loads slowly should take no
-replica away; where its room is needed, until any other serves it, so that full devices do not wait
-for each other in a circle, and one layer after the other is exchanged. When memory is short for a
-lot that nobody serves, room is made in this order: lots won by others that others serve, own
-replicas that others serve, and only then lots won by others that nobody else serves yet (a hole is
-traded for a hole that is ours to fill). Loading and draining lots count against the budget, because
-their bytes are in memory.
+mistake. A lot that another device won is kept until that device, or any other, serves it, and for
+`linger_s` more: requests whose caches lie along this device go over to another way meanwhile. When
+memory is short for a lot that nobody serves, room is made in this order: lots won by others that
+others serve, own replicas that others serve, and only then lots won by others that nobody else
+serves yet (a hole is traded for a hole that is ours to fill). Loading and draining lots count
+against the budget, because their bytes are in memory.
 
 A lot may be held in fewer bits than it is stored in (coeld.deployment.widths). One that changes its
 width is read again beside itself and answers meanwhile, so both forms count. What gets narrower
@@ -15,6 +14,7 @@ goes before what is loaded, because it makes room, and what gets wider after it.
 lot fits beside itself, some of one layer are dropped first.
 """
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -66,8 +66,6 @@ class Wish:
     """Lots won here, and which copy."""
     elsewhere: Collection[Lot]
     """Lots that another present device serves."""
-    replaced: Collection[Lot]
-    """Of these, lots that were lost to others all of whom serve them."""
     capacity_bytes: int
     fill_bytes: int
     """What loading may fill up to: less than `capacity_bytes` where layers are kept whole, so that
@@ -78,6 +76,7 @@ class Wish:
     """It rested long enough for moves and replicas too."""
     narrow: Collection[int] = ()
     """Layers whose lots are to be held in fewer bits than they are stored in."""
+    now: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +92,13 @@ class Plan:
 class Migration:
     """The states of this device's lots. Lots that are not mentioned are free."""
 
-    def __init__(self, batch_bytes: int) -> None:
+    def __init__(self, batch_bytes: int, linger_s: float = 0.0) -> None:
         self._states: dict[Lot, LotState] = {}
         self._narrow: set[Lot] = set()
         """Of these, what is in fewer bits than stored; of what is changing, what it still is."""
-        self._batch_bytes = batch_bytes
+        self._batch_bytes, self._linger_s = batch_bytes, linger_s
+        self._spare_since: dict[Lot, float] = {}
+        """When it was first seen that others serve what another won."""
         self._failures: dict[Lot, tuple[int, float]] = {}
 
     def _in(self, state: LotState) -> list[Lot]:
@@ -128,14 +129,26 @@ class Migration:
         wide = len(self._states) - narrow + widening
         return wide * lot_bytes + (narrow + len(changing) - widening) * narrow_bytes
 
+    def staying(self, experts: int) -> set[int]:
+        """Layers that are served whole, of which nothing is spare."""
+        counts = Counter(lot.layer for lot in self.serving)
+        spare = {lot.layer for lot in self._spare_since}
+        return {layer for layer, count in counts.items() if count >= experts} - spare
+
+    @property
+    def due(self) -> float:
+        """When the next lot that is spare may go."""
+        return min((at + self._linger_s for at in self._spare_since.values()), default=float("inf"))
+
     @property
     def rests(self) -> bool:
         """Is nothing loading and nothing draining?"""
         return all(state is LotState.SERVING for state in self._states.values())
 
-    def keeps(self, lot: Lot) -> bool:
-        """Is the lot in memory to stay, or about to be?"""
-        return self.state(lot) not in (LotState.FREE, LotState.DRAINING)
+    @property
+    def kept(self) -> set[Lot]:
+        """Lots that are in memory to stay, or about to be."""
+        return {lot for lot, state in self._states.items() if state is not LotState.DRAINING}
 
     def state(self, lot: Lot) -> LotState:
         return self._states.get(lot, LotState.FREE)
@@ -178,6 +191,7 @@ class Migration:
     def engine_lost(self) -> None:
         """Nothing is in memory any more."""
         self._states.clear()
+        self._spare_since.clear()
         self._narrow.clear()
         self._failures.clear()
 
@@ -187,14 +201,10 @@ class Migration:
         One batch is in flight at a time, so what is decided while it loads is decided on facts.
         """
         sizes = lot_bytes, narrow_bytes
+        drop = self._surplus(wish, sizes)
         room = wish.fill_bytes - self.bytes(*sizes)
         holes, rest = self._wanted(wish)
         narrower, wider = self._changes(wish)
-        drop = self._surplus(wish, sizes, bool(narrower or wider))
-        if rest and not holes and not self.busy:
-            layer = [lot for lot in rest if lot.layer == rest[0].layer]
-            need = sum(sizes[lot.layer in wish.narrow] for lot in layer) - room
-            drop += self._lost(wish, need - self._draining_bytes(drop, sizes), drop, sizes)
         need = sum(sizes[lot.layer in wish.narrow] for lot in holes)
         if holes and need > room and not narrower:
             need -= room + self._draining_bytes(drop, sizes)
@@ -243,29 +253,16 @@ class Migration:
         moves = [lot for lot in free if lot in wish.elsewhere and wish.won[lot] == 0]
         return holes, moves + [lot for lot in free if wish.won[lot] > 0]
 
-    def _lost(
-        self, wish: Wish, need: int, taken: Collection[Lot], sizes: tuple[int, int]
-    ) -> list[Lot]:
-        """More lots to drop, of `need` bytes and to the end of a layer: what others won and at
-        least one serves."""
-        chosen: list[Lot] = []
-        for lot in sorted(self._in(LotState.SERVING)):
-            if lot in wish.won or lot not in wish.elsewhere or lot in taken:
-                continue
-            if need <= 0 and not (chosen and chosen[-1].layer == lot.layer):
-                break
-            chosen.append(lot)
-            need -= sizes[lot in self._narrow]
-        return chosen
-
-    def _surplus(self, wish: Wish, sizes: tuple[int, int], all_lost: bool) -> list[Lot]:
-        """Lots that may go at once, and lots that must because the budget shrank. `all_lost`: do
-        not wait until everybody serves them who won them."""
+    def _surplus(self, wish: Wish, sizes: tuple[int, int]) -> list[Lot]:
+        """Lots that may go at once, and lots that must because the budget shrank."""
+        serving = self._in(LotState.SERVING)
+        spare = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
+        self._spare_since = {lot: self._spare_since.get(lot, wish.now) for lot in spare}
         drop = []
         if wish.settled:
-            serving = self._in(LotState.SERVING)
-            spare = wish.elsewhere if all_lost else wish.replaced
-            drop = [lot for lot in serving if lot not in wish.won and lot in spare]
+            since, linger_s = self._spare_since, self._linger_s
+            drop = [lot for lot in spare if since[lot] + linger_s <= wish.now]
+            self._spare_since = {lot: at for lot, at in since.items() if lot not in drop}
         excess = self.bytes(*sizes) - wish.capacity_bytes - self._draining_bytes(drop, sizes)
         if excess > 0:
             drop += self._room_for([], wish, excess, drop, sizes)

@@ -185,6 +185,8 @@ class Rollout:
 
     def unchanged(self, seen: object, now: float) -> bool:
         """Would `step` find what it found before? `seen` stands for all that it is told."""
+        if self._next is None and self._leave_at is None and self.due == float("inf"):
+            return True  # there is nothing to go over to
         key = seen, self._next, self._open, self.versions
         if key == self._seen and now < self.due:
             return True

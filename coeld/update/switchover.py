@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from coeld.ids import Lot, NodeId
 from coeld.messages import COUNTER_MAX, Record
@@ -25,6 +26,16 @@ from coeld.routes import OWNERS_PER_LOT_MAX, Leg, RouteTable
 from coeld.view import ModelDemand
 
 FINGERPRINT_CHARS = 16
+
+
+class _Content(NamedTuple):
+    """What a table says of the swarm, and the fingerprint of that."""
+
+    owners: dict[Lot, tuple[NodeId, ...]]
+    addresses: dict[NodeId, tuple[str, int]]
+    spans: list[Leg]
+    narrow: tuple[int, ...]
+    fingerprint: str
 
 
 class Switchover:
@@ -36,6 +47,9 @@ class Switchover:
         self.fingerprint = ""
         self.epoch = 0
         self._resend = False
+        self._seen: object = None
+        self._content: _Content | None = None
+        """What was last made of what was `_seen`."""
 
     def forget(self) -> None:
         """A new engine knows no table: hand it over again even if nothing changed."""
@@ -58,10 +72,12 @@ class Switchover:
         own spans that may be one graph; `find_legs` finds the way through given spans.
         """
         serving = [record for record in records if record.model == demand.model]
-        addresses = {record.origin: (record.data_host, record.data_port) for record in serving}
-        owners = self._owners(demand, serving, suspects, winners)
-        spans, narrow = _spans(demand, serving), _narrow(demand, serving)
-        fingerprint = _fingerprint(demand, owners, addresses, missing_bytes, spans, narrow)
+        told = [(r.origin, r.serving, r.spans, r.narrow, r.data_host, r.data_port) for r in serving]
+        seen = demand, told, suspects, winners, missing_bytes
+        if self._content is None or self._seen != seen:
+            owners = self._owners(demand, serving, suspects, winners)
+            self._seen, self._content = seen, _content(demand, serving, owners, missing_bytes)
+        owners, addresses, spans, narrow, fingerprint = self._content
         epoch = self._agree(fingerprint, serving)
         self.fingerprint = fingerprint
         mine = [Leg(self.me, *span) for span in closed]
@@ -123,6 +139,18 @@ class Switchover:
         if fingerprint == self.fingerprint:
             return self.epoch
         return min(COUNTER_MAX, 1 + max([self.epoch, *(record.epoch for record in records)]))
+
+
+def _content(
+    demand: ModelDemand,
+    records: Sequence[Record],
+    owners: dict[Lot, tuple[NodeId, ...]],
+    missing_bytes: int,
+) -> _Content:
+    addresses = {record.origin: (record.data_host, record.data_port) for record in records}
+    spans, narrow = _spans(demand, records), _narrow(demand, records)
+    fingerprint = _fingerprint(demand, owners, addresses, missing_bytes, spans, narrow)
+    return _Content(owners, addresses, spans, narrow, fingerprint)
 
 
 def _spans(demand: ModelDemand, records: Sequence[Record]) -> list[Leg]:

@@ -29,6 +29,8 @@ MQTT_PORT = 1884
 BROKER = "broker"
 """The device that runs mosquitto, where a swarm has one."""
 ANSWER_S_MAX = 60.0
+ALWAYS: dict[str, str] = {}
+"""Further lines of every device's agent.toml, by section."""
 
 
 class LabDevice(Device):
@@ -102,6 +104,8 @@ def swarm_in_lab(
             start_mosquitto(lab, folder)
             swarm = f'brokers = ["mqtt://{lab.addresses[BROKER]}:{MQTT_PORT}"]'
             sections["swarm"] = f"{swarm}\n{sections.get('swarm', '')}"
+        for section, more in ALWAYS.items():
+            sections[section] = f"{more}\n{sections.get(section, '')}"
         for device, budget_mb in zip(devices, budgets_mb, strict=True):
             device.configure_in(lab, budget_mb, **sections)
             lab.limit(device.name, cpu)

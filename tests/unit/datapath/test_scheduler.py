@@ -17,12 +17,15 @@ VOCAB = 16
 class Journey:
     """Nothing of the one before is left."""
 
-    length = 0
     behind = 1.0
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.freed = False
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
 
     def stop(self) -> None:
         return None
@@ -58,6 +61,9 @@ class CountingDecoder:
             before.free()
         self.journeys.append(Journey())
         return self.journeys[-1]
+
+    def aside(self, _journey: Journey) -> None:
+        return None
 
     def forward(self, journey, tokens, rows, request):
         assert not journey.freed

@@ -109,12 +109,12 @@ def test_against_every_choice_of_one_more_copy_of_each_layer(seed: int) -> None:
 
     def price(copies: dict[int, int]) -> int:
         owned = [0, 0, 1, 1, 2, 2]
-        return sum(
-            known.devices[asker].weight
-            * least_layer_ns(known, asker, {owned[i], copies.get(i, owned[i])}, layer)
+        costs = [
+            least_layer_ns(known, {owned[i], copies.get(i, owned[i])}, layer)
             for i, layer in enumerate(layers_served(known, owned))
-            for asker in known.askers
-        )
+        ]
+        weights = [known.devices[asker].weight for asker in known.askers]
+        return sum(weights[i] * cost for row in costs for i, cost in enumerate(row))
 
     found = replicas(known, plan, (), 2)
     index = {A: 0, B: 1, C: 2}

@@ -7,7 +7,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from coeld.datapath import doors
+from coeld.datapath import decoder, doors, scheduler
 from coeld.datapath.frames import SpanCall
 from coeld.datapath.request import Request
 from coeld.engine.measure import Silent
@@ -81,6 +81,7 @@ def device(tiny, tiny_store):
         made.append(Device(tiny, tiny_store, node, **options))
         return made[-1]
 
+    make.store = tiny_store
     yield make
     for each in made:
         each.close()
@@ -92,6 +93,13 @@ def expected(tiny, tiny_store) -> list[int]:
     alone.model.refit()
     alone.close()
     return alone.answer()
+
+
+def forget(device: Device, request: Request, node: NodeId) -> None:
+    """Have a peer lose a request's caches."""
+    for stage in request.journey.stages:
+        if stage.leg.node == node:
+            device.pool.free(node, stage.number)
 
 
 def guest_bytes_become(device: Device, wanted: int) -> bool:
@@ -234,9 +242,50 @@ def test_ways_that_change_and_devices_that_forget_leave_the_answer_as_it_is(
             if request.astray and rng.random() < 0.3:
                 node = rng.choice((B, C))
                 request.journey.lose(node)
-                devices[0].pool.free(node, request.journey.number)
+                forget(devices[0], request, node)
     devices[0].finish()
     assert listener.tokens == expected, f"seed={seed}"
+    assert all(guest_bytes_become(each, 0) for each in devices)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_request_goes_over_to_new_routes_between_two_tokens(
+    device, expected, monkeypatch, seed: int
+) -> None:
+    monkeypatch.setattr(decoder, "SETTLED_S", 0.0)
+    monkeypatch.setattr(scheduler, "CATCH_UP_STEPS", 20.0)
+    rng = Random(seed)
+    devices = [device(node) for node in (A, B, C)]
+    ways = [
+        [Leg(A, 0, 1), Leg(B, 1, 3)],
+        [Leg(A, 0, 1), Leg(C, 1, 3)],
+        [Leg(A, 0, 1), Leg(B, 1, 2), Leg(C, 2, 3)],
+        [Leg(B, 0, 2), Leg(A, 2, 3)],
+        [Leg(C, 0, 3)],
+        [Leg(A, 0, 3)],
+    ]
+    rng.shuffle(ways)
+    for each in devices:
+        each.follow(table(devices, ways[0]))
+    listener = devices[0].submit(120)
+    for epoch, way in enumerate(ways[1:], 2):
+        for _ in range(rng.randint(1, 5)):
+            devices[0].model.scheduler.turn()
+        devices[0].follow(table(devices, way, epoch=epoch))
+        (request,) = devices[0].model.scheduler.active
+        for _ in range(20):
+            if request.journey.way == tuple(way):
+                break
+            devices[0].model.scheduler.turn()
+        assert request.journey.way == tuple(way), f"seed={seed}"
+        gone = {B, C} - {leg.node for leg in way}
+        assert all(guest_bytes_become(d, 0) for d in devices if d.node in gone)
+    devices[0].finish()
+    assert (request.stalls_s, devices[0].failed) == ([], [])
+    alone = Device(devices[0].model.manifest, device.store, A)
+    alone.model.refit()
+    alone.close()
+    assert listener.tokens == alone.answer(120), f"seed={seed}"
     assert all(guest_bytes_become(each, 0) for each in devices)
 
 
@@ -272,7 +321,7 @@ def test_a_device_that_forgot_is_given_the_tokens_again(device, expected) -> Non
     for _ in range(6):
         devices[0].model.scheduler.turn()
     request = devices[0].model.scheduler.active[0]
-    devices[0].pool.free(B, request.journey.number)
+    forget(devices[0], request, B)
     devices[0].finish()
     assert (listener.tokens, devices[0].failed) == (expected, [])
     assert len(request.stalls_s) == 1

@@ -1,6 +1,7 @@
 """Make before break, never above the budget, and the order in which room is made."""
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import pytest
 
@@ -11,15 +12,9 @@ LOTS = [Lot(layer, e) for layer in range(4) for e in range(2)]
 
 
 def wish(
-    won: dict[Lot, int],
-    elsewhere: Collection[Lot] = (),
-    capacity: int = 8,
-    settled: bool = True,
-    replaced: Collection[Lot] | None = None,
+    won: dict[Lot, int], elsewhere: Collection[Lot] = (), capacity: int = 8, settled: bool = True
 ) -> Wish:
-    there = set(elsewhere)
-    gone = there if replaced is None else set(replaced)
-    return Wish(won, there, gone, capacity, capacity, urgent=True, settled=settled)
+    return Wish(won, set(elsewhere), capacity, capacity, urgent=True, settled=settled)
 
 
 def holding(lots: Collection[Lot]) -> Migration:
@@ -62,20 +57,6 @@ def test_a_lot_that_another_won_is_kept_until_that_device_serves_it() -> None:
     migration = holding(LOTS[:2])
     assert migration.plan(wish({LOTS[0]: 0}), 1) == Plan()
     assert migration.plan(wish({LOTS[0]: 0}, elsewhere=[LOTS[1]]), 1) == Plan(drop=(LOTS[1],))
-
-
-def test_a_lot_that_two_others_won_is_kept_until_both_serve_it_unless_its_room_is_needed() -> None:
-    migration = holding(LOTS[:2])
-    there = LOTS[1:4]
-    assert migration.plan(wish({LOTS[0]: 0}, there, replaced=[]), 1) == Plan()
-    more = {LOTS[0]: 0, LOTS[2]: 1}
-    assert migration.plan(wish(more, there, 3, replaced=[]), 1) == Plan(load=(LOTS[2],))
-    migration.apply(Move.LOADED, [LOTS[2]])
-    more[LOTS[3]] = 1
-    assert migration.plan(wish(more, there, 3, replaced=[]), 1) == Plan(drop=(LOTS[1],))
-    migration = holding(LOTS[:2])
-    gone = wish({LOTS[0]: 0}, there, replaced=[LOTS[1]])
-    assert migration.plan(gone, 1) == Plan(drop=(LOTS[1],))
 
 
 def test_room_for_a_hole_costs_replicas_before_it_opens_another_hole() -> None:
@@ -123,7 +104,7 @@ def test_failed_lots_are_tried_again_later_and_later() -> None:
 
 def test_room_is_made_and_filled_by_whole_layers_where_there_is_room_for_one_lot_more() -> None:
     migration = holding(LOTS[:4])
-    want = Wish(dict.fromkeys(LOTS[2:6], 0), set(LOTS[:2]), set(), 5, 4, urgent=True, settled=False)
+    want = Wish(dict.fromkeys(LOTS[2:6], 0), set(LOTS[:2]), 5, 4, urgent=True, settled=False)
     assert migration.plan(want, 1) == Plan(drop=tuple(LOTS[:2]))
     migration.apply(Move.DROPPED, LOTS[:2])
     assert migration.plan(want, 1) == Plan(load=tuple(LOTS[4:6]))
@@ -135,7 +116,7 @@ SIZES = 100, 55
 def narrowing(
     won: Collection[Lot], room: int, layers: Collection[int], settled: bool = True
 ) -> Wish:
-    return Wish(dict.fromkeys(won, 0), set(), set(), room, room, True, settled, frozenset(layers))
+    return Wish(dict.fromkeys(won, 0), set(), room, room, True, settled, frozenset(layers))
 
 
 def test_a_layer_becomes_narrow_beside_itself_before_what_it_makes_room_for() -> None:
@@ -187,3 +168,24 @@ def test_a_change_that_fails_leaves_the_lot_as_it_was() -> None:
     assert (migration.narrow_layers, migration.bytes(*SIZES)) == (set(), 200)
     migration.engine_lost()
     assert migration.bytes(*SIZES) == 0
+
+
+def test_what_others_took_over_lingers_and_is_no_span_meanwhile() -> None:
+    migration = Migration(10**9, linger_s=3.0)
+    migration.apply(Move.LOAD, LOTS[:4])
+    migration.apply(Move.LOADED, LOTS[:4])
+
+    def plan(now: float, elsewhere: Collection[Lot], capacity: int = 8) -> Plan:
+        want = wish(dict.fromkeys(LOTS[:2], 0), elsewhere, capacity)
+        return migration.plan(replace(want, now=now), 1)
+
+    assert plan(0.0, []) == Plan()
+    assert (migration.staying(2), migration.due) == ({0, 1}, float("inf"))
+    assert plan(1.0, LOTS[2:3]) == Plan()
+    assert (migration.staying(2), migration.due) == ({0}, 4.0)
+    assert plan(2.0, LOTS[2:4]) == Plan()
+    assert plan(3.9, LOTS[2:4]) == Plan()
+    assert plan(4.0, LOTS[2:4]) == Plan(drop=(LOTS[2],))
+    assert migration.due == 5.0
+    assert plan(4.5, LOTS[3:4], capacity=3) == Plan(), "what drains makes room enough"
+    assert plan(4.5, LOTS[3:4], capacity=2) == Plan(drop=(LOTS[3],)), "the budget is not exceeded"
