@@ -23,6 +23,7 @@ SHOWN = (
     "bytes_per_node_s",
     "moves",
     "heal_s",
+    "cpu_s",
 )
 
 
@@ -45,8 +46,10 @@ def faults_of(seed: int) -> Faults:
 def one(seed: int, nodes: int, engines: int | None, minutes: float, text: str | None) -> Any:
     faults = faults_of(seed) if text is None else Faults.parse(text)
     gc.disable()
+    began_s = time.process_time()
     try:
-        return simulate(Plan(nodes, seed, faults, minutes, engines, acquainted=nodes > 30)).figures
+        plan = Plan(nodes, seed, faults, minutes, engines, acquainted=nodes > 30)
+        return simulate(plan).figures | {"cpu_s": round(time.process_time() - began_s, 1)}
     finally:
         gc.enable()
         gc.collect()

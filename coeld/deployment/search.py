@@ -10,12 +10,13 @@ gathered whole at which site, with the rest spread so that branches take equally
 Everything is decided by integers and indices, so all devices with the same facts find the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Final, NamedTuple
 
-from coeld.deployment.cost import CostModel, Share
-from coeld.ids import Lot
+from coeld.deployment.cost import CostModel, Device, Share
+from coeld.ids import Lot, NodeId
 
 UNITS_PER_LAYER: Final = 16
 """A layer of more lots is traded in units of several."""
@@ -92,6 +93,7 @@ class Search:
         self.even = len({tuple(unit.share for unit in units) for units in self.units}) == 1
         self.found: Placed | None = None
         self.found_ns = 0
+        self._kinds = kinds(model)
         self._prices: dict[tuple[tuple[int, Share], ...], int] = {}
         self._rows: dict[object, list[int] | None] = {}
 
@@ -169,10 +171,10 @@ class Search:
             if count % SLICE_UNITS == 0:
                 yield
             experts, share = self.units[layer][index]
+            fits = [site for site, room in enumerate(left) if room >= len(experts)]
             options = [
                 (self.price({**held[layer], site: _plus(held[layer].get(site), share)}), site)
-                for site, room in enumerate(left)
-                if room >= len(experts)
+                for site in self._unlike(fits, held[layer])
             ]
             if not options:
                 return
@@ -181,6 +183,10 @@ class Search:
             left[site] -= len(experts)
             placed[layer][index] = site
         starts.append((self.total(placed), 0, placed))
+
+    def _unlike(self, sites: Sequence[int], shares: Shares) -> Iterable[int]:
+        """Of those that are of one kind and hold as much of a layer, only the first."""
+        return {(self._kinds[site], shares.get(site)): site for site in reversed(sites)}.values()
 
     def _whole_price(self, site: int) -> int:
         return self.price(self.shares([site] * len(self.units[0]), 0))
@@ -244,7 +250,7 @@ class Search:
                     return self.price({**shares, site: share})
                 return share.bytes_used // max(1, self.model.tiers[site].mb_per_s)
 
-            site = min(fits, key=lambda s: (cost(s), s))
+            site = min(self._unlike(fits, shares), key=lambda s: (cost(s), s))
             shares[site] = _plus(shares.get(site), unit.share)
             taken[site] += count
             row.append(site)
@@ -323,6 +329,43 @@ class Search:
                     back = (back_layer, back_unit, target, source)
                     best = min(best, (change + back_change, [go, back]))
         return -best[0], best[1]
+
+
+def kinds(model: CostModel) -> list[int]:
+    """For every site the first one with which it could change places at no change of any price."""
+    found: list[int] = []
+    for site in range(len(model.sites)):
+        first = (kind for kind in dict.fromkeys(found) if _interchangeable(model, kind, site))
+        found.append(next(first, site))
+    return found
+
+
+def _interchangeable(model: CostModel, a: int, b: int) -> bool:
+    """Do equal devices, of one memory each, reach one another and all others alike there?"""
+    i, j = model.sites[a][0], model.sites[b][0]
+    one, other = _figures(model.devices[i]), _figures(model.devices[j])
+    return (
+        one == other
+        and len(one.tiers) == 1
+        and model.reached(i, a) == model.reached(j, b)
+        and model.reached(i, b) == model.reached(j, a)
+        and all(
+            model.reached(i, site) == model.reached(j, site)
+            for site in range(len(model.sites))
+            if site not in (a, b)
+        )
+        and all(
+            model.reached(asker, a) == model.reached(asker, b)
+            for asker in range(len(model.devices))
+            if asker not in (i, j)
+        )
+    )
+
+
+def _figures(device: Device) -> Device:
+    """What prices may depend on: neither who it is nor how much it has room for."""
+    tiers = tuple(tier._replace(memory_bytes=0) for tier in device.tiers)
+    return replace(device, node=NodeId(""), tiers=tiers)
 
 
 def _extremes(

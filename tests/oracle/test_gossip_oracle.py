@@ -90,3 +90,31 @@ def test_hearing_the_same_twice_changes_nothing() -> None:
     for message in messages * 3:
         perception.hear(PEER, message, 0.0)
     assert (perception.held, perception.market, perception.supply) == before
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_who_is_present_is_what_members_and_their_records_say_after_any_news(seed: int) -> None:
+    rng = Random(seed)
+    perception = Perception(ME, 1, NodeConfig(forget_ms=5000), Random(0))
+    now = 0.0
+    for _ in range(100):
+        now += rng.choice([0.0, 0.0, 0.5])
+        record = Record(rng.choice(nodes(4)), rng.randrange(1, 3), rng.randrange(1, 6))
+        news = tuple({entry.node: entry for entry in random_news(rng, 2)}.values())
+        message = rng.choice(
+            [Delta("coeld", PEER, 1, (record,)), Beat("coeld", PEER, 1, 1, 5, "0" * 16, news)]
+        )
+        perception.hear(PEER, message, now)
+        perception.tell(cpu_load_percent=rng.randrange(3))
+        perception.tick(now)
+        perception.flush(now)
+        present = [m for m in perception.membership.members.values() if m.status <= Status.SUSPECT]
+        records = [record for m in present if (record := perception.record(m)) is not None]
+        first, *others = perception.present()
+        assert first is perception.me, f"seed={seed}"
+        assert {id(record) for record in others} == set(map(id, records)), f"seed={seed}"
+        assert len(others) == len(records), f"seed={seed}"
+        assert perception.present() is perception.present()
+        assert perception.complete == (len(records) == len(present))
+        suspects = {m.node for m in present if m.status == Status.SUSPECT}
+        assert perception.suspects() == suspects, f"seed={seed}"
