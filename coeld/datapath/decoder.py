@@ -79,9 +79,11 @@ class Decoder:
     def aside(self, journey: Journey) -> Journey | None:
         """A journey along the way of the present routes, to catch up beside one that goes on and
         to go over to. None: there is no other way, or none yet that can be relied on."""
-        board, way = self._dispatcher.board, self._planned()
-        settled = time.monotonic() - board.pinned_s >= SETTLED_S and not self._lost_at
-        if board.table is journey.routes or way is None or not settled:
+        board = self._dispatcher.board
+        if board.table is journey.routes or time.monotonic() - board.pinned_s < SETTLED_S:
+            return None
+        way = self._planned()
+        if way is None or self._lost_at:
             return None
         journey.routes = board.table
         if way == journey.way:
