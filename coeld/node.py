@@ -345,9 +345,10 @@ class Node:
         room, held = self._room(), self.migration.narrow_layers
         mine = self.market.won()
         narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
-        fill_bytes = room.fill_bytes(self._most, self._whole)
-        there, moving = self.market.elsewhere(), settled and self.rollout.serving
-        return Wish(mine, there, room.capacity_bytes, fill_bytes, urgent, moving, narrow, now)
+        sizes = room.capacity_bytes, room.fill_bytes(self._most, self._whole)
+        there, gone = self.market.elsewhere(), self.market.replaced(self.migration.serving)
+        moving = settled and self.rollout.serving
+        return Wish(mine, there, *sizes, urgent, moving, narrow, now, gone)
 
     def _serve(self, demand: ModelDemand, now: float, rests: bool) -> None:
         """Tell what is served, and which layers of it as spans, anew when the auction `rests` and

@@ -3,10 +3,10 @@
 Also since when that rests: the auction is quiet when no claim has changed for a while.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from coeld.deployment.auction import Offer, Task, leaders
-from coeld.deployment.placement import Quiet, elsewhere, owners, won
+from coeld.deployment.placement import Quiet, elsewhere, owners, replaced, won
 from coeld.deployment.proposal import Facts
 from coeld.deployment.room import Room
 from coeld.deployment.supply import facts_of
@@ -113,6 +113,14 @@ class Market:
     def elsewhere(self) -> set[Lot]:
         """Lots that a device other than this one serves beyond suspicion."""
         return elsewhere(self.records(), self._me, self._perception.suspects())
+
+    def replaced(self, held: Iterable[Lot]) -> set[Lot]:
+        """Of the lots held here, those lost to others all of whom serve them."""
+        mine = self.won()
+        lost = [lot for lot in held if lot not in mine]
+        if not lost:
+            return set()
+        return replaced(lost, self.records(), self.leaders(), self._perception.suspects())
 
     def room(self, narrow: bool) -> Room:
         """Memory here and elsewhere; `narrow`: some lots have to be held in fewer bits."""

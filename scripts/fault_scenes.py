@@ -202,7 +202,7 @@ def during_transfer(folder: Path) -> Iterator[Row]:
     """A device without weights joins and fetches them from three others; one of these dies."""
     rate = "blob_mb_per_s = 5"
     with swarm_in_lab(folder, [budget_mb(2 / 3)] * 4, network=rate) as devices:
-        bench = Bench(devices)
+        bench = Bench(devices, tokens=100)
         new = bench.devices[3]
         new.kill()
         path = new.folder / "agent.toml"

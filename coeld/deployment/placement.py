@@ -57,6 +57,25 @@ def elsewhere(records: Iterable[Record], me: NodeId, suspects: Collection[NodeId
     return {lot for record in others for lot in record.serving}
 
 
+def replaced(
+    held: Iterable[Lot],
+    records: Iterable[Record],
+    leading: Mapping[Task, Offer],
+    suspects: Collection[NodeId],
+) -> set[Lot]:
+    """Of these lots, those that somebody won and that all who won them serve beyond suspicion."""
+    winners: dict[Lot, set[NodeId]] = {lot: set() for lot in held}
+    for (lot, _copy), (_bid, node) in leading.items():
+        if lot in winners:
+            winners[lot].add(node)
+    serving = {r.origin: set(r.serving) for r in records if r.origin not in suspects}
+    return {
+        lot
+        for lot, nodes in winners.items()
+        if nodes and all(lot in serving.get(node, ()) for node in nodes)
+    }
+
+
 def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:
     """Lots that nobody can take: everybody who is there is full."""
     return [lot for lot in lots if (lot, 0) not in leading]

@@ -1,8 +1,10 @@
 """From the lots this device holds to the lots it won: make before break, never above the budget.
 
 Each lot walks through one table of states; a move that the table does not know is a programming
-mistake. A lot that another device won is kept until that device, or any other, serves it, and for
-`linger_s` more: requests whose caches lie along this device go over to another way meanwhile. When
+mistake. A lot that others won is kept until they all serve it, for who loads slowly should take no
+replica away, and for `linger_s` more: requests whose caches lie along this device go over to
+another way meanwhile. Where its room is needed it goes when any other serves it, so that full
+devices do not wait for each other in a circle, and one layer after the other is exchanged. When
 memory is short for a lot that nobody serves, room is made in this order: lots won by others that
 others serve, own replicas that others serve, and only then lots won by others that nobody else
 serves yet (a hole is traded for a hole that is ours to fill). Loading and draining lots count
@@ -77,6 +79,8 @@ class Wish:
     narrow: Collection[int] = ()
     """Layers whose lots are to be held in fewer bits than they are stored in."""
     now: float = 0.0
+    replaced: Collection[Lot] = ()
+    """Of `elsewhere`, lots that all who won them serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class Migration:
         self._batch_bytes, self._linger_s = batch_bytes, linger_s
         self._spare_since: dict[Lot, float] = {}
         """When it was first seen that others serve what another won."""
+        self._waiting: set[Lot] = set()
+        """Of these, what may go as soon as all who won it serve it, or its room is needed."""
         self._failures: dict[Lot, tuple[int, float]] = {}
 
     def _in(self, state: LotState) -> list[Lot]:
@@ -138,7 +144,8 @@ class Migration:
     @property
     def due(self) -> float:
         """When the next lot that is spare may go."""
-        return min((at + self._linger_s for at in self._spare_since.values()), default=float("inf"))
+        lingers = [at for lot, at in self._spare_since.items() if lot not in self._waiting]
+        return min(lingers, default=float("inf")) + self._linger_s
 
     @property
     def rests(self) -> bool:
@@ -192,6 +199,7 @@ class Migration:
         """Nothing is in memory any more."""
         self._states.clear()
         self._spare_since.clear()
+        self._waiting.clear()
         self._narrow.clear()
         self._failures.clear()
 
@@ -201,10 +209,14 @@ class Migration:
         One batch is in flight at a time, so what is decided while it loads is decided on facts.
         """
         sizes = lot_bytes, narrow_bytes
-        drop = self._surplus(wish, sizes)
         room = wish.fill_bytes - self.bytes(*sizes)
         holes, rest = self._wanted(wish)
         narrower, wider = self._changes(wish)
+        drop = self._surplus(wish, sizes, bool(narrower or wider))
+        if rest and not holes and not self.busy:
+            layer = [lot for lot in rest if lot.layer == rest[0].layer]
+            need = sum(sizes[lot.layer in wish.narrow] for lot in layer) - room
+            drop += self._lost(wish, need - self._draining_bytes(drop, sizes), drop, sizes)
         need = sum(sizes[lot.layer in wish.narrow] for lot in holes)
         if holes and need > room and not narrower:
             need -= room + self._draining_bytes(drop, sizes)
@@ -253,15 +265,32 @@ class Migration:
         moves = [lot for lot in free if lot in wish.elsewhere and wish.won[lot] == 0]
         return holes, moves + [lot for lot in free if wish.won[lot] > 0]
 
-    def _surplus(self, wish: Wish, sizes: tuple[int, int]) -> list[Lot]:
-        """Lots that may go at once, and lots that must because the budget shrank."""
+    def _lost(
+        self, wish: Wish, need: int, taken: Collection[Lot], sizes: tuple[int, int]
+    ) -> list[Lot]:
+        """More lots to drop, of `need` bytes and to the end of a layer: spare ones that not all who
+        won them serve."""
+        chosen: list[Lot] = []
+        for lot in sorted(self._waiting.difference(taken)):
+            if need <= 0 and not (chosen and chosen[-1].layer == lot.layer):
+                break
+            chosen.append(lot)
+            need -= sizes[lot in self._narrow]
+        return chosen
+
+    def _surplus(self, wish: Wish, sizes: tuple[int, int], all_spare: bool) -> list[Lot]:
+        """Lots that may go at once, and lots that must because the budget shrank. `all_spare`: do
+        not wait until everybody serves them who won them."""
         serving = self._in(LotState.SERVING)
         spare = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
         self._spare_since = {lot: self._spare_since.get(lot, wish.now) for lot in spare}
-        drop = []
+        drop: list[Lot] = []
+        self._waiting = set()
         if wish.settled:
             since, linger_s = self._spare_since, self._linger_s
-            drop = [lot for lot in spare if since[lot] + linger_s <= wish.now]
+            ready = [lot for lot in spare if since[lot] + linger_s <= wish.now]
+            drop = [lot for lot in ready if all_spare or lot in wish.replaced]
+            self._waiting = set(ready).difference(drop)
             self._spare_since = {lot: at for lot, at in since.items() if lot not in drop}
         excess = self.bytes(*sizes) - wish.capacity_bytes - self._draining_bytes(drop, sizes)
         if excess > 0:

@@ -3,6 +3,7 @@
 Who asks, and what for, changes as well; noise in it does nothing.
 """
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
@@ -84,6 +85,28 @@ def test_the_bytes_that_a_change_of_speed_moves_are_paid_back_within_the_horizon
     gain = kept - price_ns(world)
     assert gain >= 0, f"seed={seed}"
     assert loaded[0] * kept <= gain * HORIZON_S * MOVE_MB_PER_S * 10**6, f"seed={seed}"
+
+
+@pytest.mark.parametrize("seed", [3, 5, 7, 8])
+def test_a_device_that_joins_and_loads_slowly_takes_no_replica_away(seed: int) -> None:
+    room = 8 * SMALL.experts
+    quick = Spec(SMALL.trunk_bytes + room * SMALL.lot_bytes)
+    world = World(seed, [quick, quick, quick, replace(quick, disk_mb_per_s=1)], SMALL)
+    checkers.watch(world)
+    for number in range(3):
+        world.start(world.device(number))
+    world.run(8)
+    slow = world.device(3)
+    world.start(slow)
+    busy_s = 0.0
+    for _ in range(40):
+        world.run(0.5)
+        owners = Counter(lot for device in world.up() for lot in device.serving)
+        assert min(owners[lot] for lot in SMALL.lots()) == 2
+        busy_s += 0.5 * bool(slow.loading)
+    assert busy_s > 10
+    world.run(20)
+    checkers.at_rest(world)
 
 
 def test_another_model_comes_device_by_device_and_ends_in_one_plan() -> None:

@@ -12,9 +12,15 @@ LOTS = [Lot(layer, e) for layer in range(4) for e in range(2)]
 
 
 def wish(
-    won: dict[Lot, int], elsewhere: Collection[Lot] = (), capacity: int = 8, settled: bool = True
+    won: dict[Lot, int],
+    elsewhere: Collection[Lot] = (),
+    capacity: int = 8,
+    settled: bool = True,
+    replaced: Collection[Lot] | None = None,
 ) -> Wish:
-    return Wish(won, set(elsewhere), capacity, capacity, urgent=True, settled=settled)
+    there = set(elsewhere)
+    gone = there if replaced is None else set(replaced)
+    return Wish(won, there, capacity, capacity, urgent=True, settled=settled, replaced=gone)
 
 
 def holding(lots: Collection[Lot]) -> Migration:
@@ -57,6 +63,20 @@ def test_a_lot_that_another_won_is_kept_until_that_device_serves_it() -> None:
     migration = holding(LOTS[:2])
     assert migration.plan(wish({LOTS[0]: 0}), 1) == Plan()
     assert migration.plan(wish({LOTS[0]: 0}, elsewhere=[LOTS[1]]), 1) == Plan(drop=(LOTS[1],))
+
+
+def test_a_lot_that_two_others_won_is_kept_until_both_serve_it_unless_its_room_is_needed() -> None:
+    migration = holding(LOTS[:2])
+    there = LOTS[1:4]
+    assert migration.plan(wish({LOTS[0]: 0}, there, replaced=[]), 1) == Plan()
+    more = {LOTS[0]: 0, LOTS[2]: 1}
+    assert migration.plan(wish(more, there, 3, replaced=[]), 1) == Plan(load=(LOTS[2],))
+    migration.apply(Move.LOADED, [LOTS[2]])
+    more[LOTS[3]] = 1
+    assert migration.plan(wish(more, there, 3, replaced=[]), 1) == Plan(drop=(LOTS[1],))
+    migration = holding(LOTS[:2])
+    gone = wish({LOTS[0]: 0}, there, replaced=[LOTS[1]])
+    assert migration.plan(gone, 1) == Plan(drop=(LOTS[1],))
 
 
 def test_room_for_a_hole_costs_replicas_before_it_opens_another_hole() -> None:
