@@ -3,7 +3,7 @@
 Each lot walks through one table of states; a move that the table does not know is a programming
 mistake. A lot that others won is kept until they all serve it, for who loads slowly should take no
 replica away, and for `linger_s` more: requests whose caches lie along this device go over to
-another way meanwhile. Where its room is needed it goes when any other serves it, so that full
+another way meanwhile. Where its room is needed it goes as soon as any other serves it, so that full
 devices do not wait for each other in a circle, and one layer after the other is exchanged. When
 memory is short for a lot that nobody serves, room is made in this order: lots won by others that
 others serve, own replicas that others serve, and only then lots won by others that nobody else
@@ -268,10 +268,10 @@ class Migration:
     def _lost(
         self, wish: Wish, need: int, taken: Collection[Lot], sizes: tuple[int, int]
     ) -> list[Lot]:
-        """More lots to drop, of `need` bytes and to the end of a layer: spare ones that not all who
-        won them serve."""
+        """More lots to drop, of `need` bytes and to the end of a layer: spare ones that linger, or
+        that not all who won them serve."""
         chosen: list[Lot] = []
-        for lot in sorted(self._waiting.difference(taken)):
+        for lot in sorted(self._spare_since.keys() - set(taken)):
             if need <= 0 and not (chosen and chosen[-1].layer == lot.layer):
                 break
             chosen.append(lot)
@@ -280,7 +280,7 @@ class Migration:
 
     def _surplus(self, wish: Wish, sizes: tuple[int, int], all_spare: bool) -> list[Lot]:
         """Lots that may go at once, and lots that must because the budget shrank. `all_spare`: do
-        not wait until everybody serves them who won them."""
+        not linger, nor wait until everybody serves them who won them."""
         serving = self._in(LotState.SERVING)
         spare = [lot for lot in serving if lot not in wish.won and lot in wish.elsewhere]
         self._spare_since = {lot: self._spare_since.get(lot, wish.now) for lot in spare}
@@ -288,7 +288,7 @@ class Migration:
         self._waiting = set()
         if wish.settled:
             since, linger_s = self._spare_since, self._linger_s
-            ready = [lot for lot in spare if since[lot] + linger_s <= wish.now]
+            ready = [lot for lot in spare if all_spare or since[lot] + linger_s <= wish.now]
             drop = [lot for lot in ready if all_spare or lot in wish.replaced]
             self._waiting = set(ready).difference(drop)
             self._spare_since = {lot: at for lot, at in since.items() if lot not in drop}
