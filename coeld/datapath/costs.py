@@ -99,9 +99,15 @@ class Costs:
         self._seen: dict[Work, tuple[float, float]] = {}
         """How often, and seconds in all."""
         self._lock = threading.Lock()
+        self.paused = False
+        """Nothing is learned, because something else is in the way: lots are loaded."""
+        self.routes = 0
+        """How often they have changed: who set out before says nothing of whole tokens."""
 
     def note(self, work: Work, took_s: float) -> None:
         """Something was done once, with one row."""
+        if self.paused:
+            return
         with self._lock:
             count, total_s = self._seen.get(work, (0.0, 0.0))
             self._seen[work] = count + 1, total_s + took_s
@@ -112,6 +118,7 @@ class Costs:
         """Tokens go other ways from now on: how long whole ones took says nothing any more, and
         how long parts did soon counts for little."""
         with self._lock:
+            self.routes += 1
             self._seen.pop(ANSWER, None)
             for work, (count, total_s) in self._seen.items():
                 kept = min(1.0, KEPT / count)

@@ -72,6 +72,8 @@ class Request:
     stepped: tuple[float, float, int, int] | None = None
     """After its last decoded token, if nobody else had a turn: when that was, seconds and cuts of
     `split` by then, and how often it had waited."""
+    routes: int = 0
+    """Which routes it set out on; see coeld.datapath.costs."""
     stalls_s: list[float] = field(default_factory=list)
     """How long it waited, each time an expert had no reachable owner."""
     split: Split = field(default_factory=Split)

@@ -101,7 +101,7 @@ class Scheduler:
         return None
 
     def _depart(self, request: Request) -> Journey:
-        before = request.journey
+        before, request.routes = request.journey, self._decoder.costs.routes
         request.journey = journey = self._decoder.depart(before)
         request.astray, request.cached = False, journey.length
         if before is not None:
@@ -171,14 +171,15 @@ class Scheduler:
     def _learn(self, request: Request, rows: int, now: float) -> None:
         """What a token took that had nobody else's turns, nor a search for owners, in it."""
         split, before, request.stepped = request.split, request.stepped, None
-        if not rows == len(self.active) == 1:
+        costs = self._decoder.costs
+        if not rows == len(self.active) == 1 or request.routes != costs.routes:
             return
         request.stepped = now, split.spent_s, split.cuts, len(request.stalls_s)
         if before is not None and before[3] == len(request.stalls_s):
             took_s, spent_s = now - before[0], split.spent_s - before[1]
-            self._decoder.costs.note(ANSWER, took_s)
+            costs.note(ANSWER, took_s)
             rest_s = max(0.0, took_s - spent_s)
-            self._decoder.costs.note(rest_work(split.cuts - before[2]), rest_s)
+            costs.note(rest_work(split.cuts - before[2]), rest_s)
 
     def _next_tokens(self, request: Request, at: int, stop: int | None) -> list[int]:
         """What caches of `at` tokens lack next; a prompt's chunks are the same on every way."""

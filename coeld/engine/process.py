@@ -295,8 +295,16 @@ class Engine:
             if job is None:
                 return
             self._loading = True
+            self._learn(False)
             job()
             self._loading = False
+            self._learn(True)
+
+    def _learn(self, on: bool) -> None:
+        """What tokens cost while the loader works is not what they cost."""
+        model = self._model
+        if model is not None:
+            model.decoder.costs.paused = not on
 
     def _pause_s(self) -> float | None:
         """When to look again whether graphs can be brought in line; None: not by itself."""

@@ -105,6 +105,13 @@ def test_new_routes_forget_whole_tokens_and_soon_outweigh_what_parts_cost_before
     assert costs.fitted()[Part("reach", PEER)] == pytest.approx(0.015)
 
 
+def test_nothing_is_learned_while_something_is_in_the_way() -> None:
+    costs = Costs()
+    costs.paused = True
+    costs.note(rest_work(0), 1.0)
+    assert costs.fitted() == {}
+
+
 def test_they_travel_to_the_agent_as_json() -> None:
     costs = Costs()
     costs.note(reach_work(PEER), 0.00125)

@@ -38,7 +38,7 @@ class Learned:
     """Only counts the tokens that are learned from."""
 
     def __init__(self) -> None:
-        self.answers = 0
+        self.answers = self.routes = 0
 
     def note(self, work, took_s: float) -> None:
         assert took_s >= 0
@@ -228,6 +228,14 @@ def test_only_tokens_without_others_turns_in_them_tell_what_a_token_costs() -> N
     assert decoder.costs.answers == 4, "from the second decoded token to the last"
     play(decoder, Request("b", [0], 6, Notes()), Request("c", [0], 6, Notes()))
     assert decoder.costs.answers == 4
+    request = Request("a", [0], 6, Notes())
+    scheduler = Scheduler(decoder)
+    scheduler.submit(request)
+    scheduler.turn()
+    decoder.costs.routes += 1
+    while scheduler.active:
+        scheduler.turn()
+    assert decoder.costs.answers == 4, "nor of who set out on other routes"
     decoder = CountingDecoder()
     decoder.lost_after = [3]
     play(decoder, Request("a", [0], 6, Notes()))
