@@ -70,7 +70,7 @@ def test_a_plug_is_pulled_and_the_model_goes_on_in_fewer_bits_and_gets_them_back
     assert all(device.table and device.table.narrow == () for device in world.up())
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(0, 30, 2))
 def test_any_swarm_narrows_what_it_must_and_no_more(seed: int) -> None:
     rng = Random(seed)
     layers = [rng.uniform(0.3, 6) for _ in range(rng.randint(2, 6))]

@@ -82,7 +82,7 @@ def ended(world: World) -> None:
     checkers.at_rest(world)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(0, 12, 2))
 def test_where_memory_is_for_two_copies_somebody_answers_at_every_moment(seed: int) -> None:
     rng = Random(seed)
     rooms = [WHOLE + 4] * rng.randint(2, 4) + [rng.randint(0, 60) for _ in range(rng.randint(0, 2))]
@@ -111,7 +111,7 @@ def test_a_swarm_whose_layers_are_narrow_goes_over_as_well(seed: int) -> None:
     assert any(device.narrow for device in world.up())
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(0, 12, 2))
 def test_where_memory_is_for_one_copy_answers_end_before_all_go_over(seed: int) -> None:
     rng = Random(seed)
     world = swarm(seed, [rng.randint(40, 47) for _ in range(3)])
@@ -126,7 +126,7 @@ def test_where_memory_is_for_one_copy_answers_end_before_all_go_over(seed: int) 
     ended(world)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(0, 12, 2))
 def test_crashes_in_the_middle_of_a_rollout_end_on_the_new_version(seed: int) -> None:
     rng = Random(seed)
     world = swarm(seed, [rng.randint(40, 100) for _ in range(rng.randint(3, 5))])
