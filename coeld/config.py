@@ -136,8 +136,9 @@ class Engine:
     )
     patience_s: float = _key(
         10.0,
-        "Seconds an answer waits for experts that have lost their only owner before it fails, and "
-        "for the next version of the model before it begins.",
+        "Seconds an answer waits for experts that have lost their only owner while the swarm gets "
+        "no further with loading them, before it fails; and for the next version of the model "
+        "before it begins.",
         0.0,
         600.0,
     )

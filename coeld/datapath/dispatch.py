@@ -9,7 +9,8 @@ SmolLM2), enough to flip near-ties in greedy decoding.
 
 Owners are stateless, so a layer that failed is simply asked again: another owner, this device if
 the lots have been loaded meanwhile, or whoever the next route table names. Only when nobody holds
-an expert for `patience_s` does the request fail.
+an expert and the swarm comes no further for `patience_s` does the request fail: while lots are
+being loaded elsewhere it waits on, up to `PATIENCES_MAX` times as long.
 
 Slow is not dead. An owner whose answers come late is asked less and less (`choice.py`), which
 nobody is told; the control plane hears of an owner only when a connection breaks or an answer does
@@ -34,6 +35,10 @@ from coeld.routes import RouteTable
 
 COOLDOWN_S: Final = 0.5
 """A peer that failed is tried last for this long: others first, but nobody is written off here."""
+
+PATIENCES_MAX: Final = 6
+"""A swarm that reads lots from slow cards gets whole again step by step; one that only loses them
+and gets them back has no end."""
 
 WAIT_S_MAX: Final = 0.05
 """Between two looks at the routes while waiting; a new table wakes the waiter at once."""
@@ -63,6 +68,12 @@ class RouteBoard:
     def version(self) -> int:
         return self._version
 
+    @property
+    def covered(self) -> int:
+        """How many lots somebody serves."""
+        table = self.table
+        return len(table.owners) if table else 0
+
     def wait(self, version: int, timeout_s: float) -> None:
         """Return when the version is no longer `version`, or after `timeout_s`."""
         with self._changed:
@@ -71,6 +82,23 @@ class RouteBoard:
     def _bump(self) -> None:
         self._version += 1
         self._changed.notify_all()
+
+
+@dataclass(slots=True)
+class Stall:
+    """One layer's wait for experts that nobody serves."""
+
+    began_s: float
+    _covered: int = -1
+    _moved_s: float = 0.0
+    """When the swarm was last seen to serve more lots or fewer than before."""
+
+    def left_s(self, covered: int, patience_s: float, now: float) -> float:
+        """For how long it is worth waiting on: lots are lost once and come back in batches."""
+        if covered != self._covered:
+            self._covered, self._moved_s = covered, now
+        ends = self._moved_s + patience_s, self.began_s + PATIENCES_MAX * patience_s
+        return min(ends) - now
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +157,7 @@ class Dispatcher:
         if gates is not None and errors[1] > 0 and len(self.runner.here(layer)) < self.experts:
             gates, errors = waiter.quality.prune(layer, gates)
         chosen = self._chosen(gates)
-        waiting_since: float | None = None
+        stall: Stall | None = None
         while True:
             version, failures = self.board.version, self.failures
             total = self._attempt(layer, chosen, x, gates, errors, waiter)
@@ -139,10 +167,11 @@ class Dispatcher:
             if self.failures > failures:
                 continue  # a peer failed that had not just failed: another may do
             now = time.monotonic()
-            waiting_since = now if waiting_since is None else waiting_since
-            self._wait(layer, version, waiting_since + self.patience_s - now, waiter)
-        if waiting_since is not None:
-            stall_s = time.monotonic() - waiting_since
+            stall = stall or Stall(now)
+            left_s = stall.left_s(self.board.covered, self.patience_s, now)
+            self._wait(layer, version, left_s, waiter)
+        if stall is not None:
+            stall_s = time.monotonic() - stall.began_s
             waiter.stalls_s.append(stall_s)
             waiter.split.wait_s += stall_s
         return total

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from coeld.compression.transfer import SENSITIVITY_FIRST
-from coeld.datapath.dispatch import Dispatcher, RouteBoard
+from coeld.datapath.dispatch import Dispatcher, RouteBoard, Stall
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Quality, Traffic
 from coeld.datapath.request import Cancelled, Request
@@ -326,6 +326,16 @@ def test_loading_the_experts_here_ends_the_wait() -> None:
     timer.start()
     assert np.allclose(made.run(0, X, None, request()), WHOLE)
     timer.join()
+
+
+def test_the_wait_begins_anew_whenever_the_swarm_comes_further_and_has_an_end() -> None:
+    stall = Stall(began_s=100.0)
+    assert stall.left_s(176, 10.0, now=100.0) == 10.0
+    assert stall.left_s(176, 10.0, now=104.0) == 6.0
+    assert stall.left_s(192, 10.0, now=109.0) == 10.0  # a batch was loaded
+    assert stall.left_s(192, 10.0, now=119.5) < 0
+    for step in range(1, 20):
+        assert stall.left_s(192 + step % 2, 10.0, 109.0 + 5 * step) <= 160.0 - (109.0 + 5 * step)
 
 
 def test_an_uncovered_layer_fails_with_the_missing_bytes() -> None:
