@@ -16,9 +16,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,17 @@ from coeld.model.store import Store
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "smollm2-135m-instruct"
 COELD = Path(sys.executable).with_name("coeld")
+MEASURE = """
+import sys
+from pathlib import Path
+from coeld.engine.calibrate import conditions, measure
+from coeld.engine.sessions import use_threads
+from coeld.host.remembered import remember
+threads = int(sys.argv[2])
+use_threads(threads)
+depends_on = conditions(threads)
+remember(Path(sys.argv[1]), depends_on, measure(depends_on["clock_mhz"]).to_json())
+"""
 ORGANISE_S_MAX = 30.0
 ANSWER_TOKENS = 160
 KILL_AT_PIECE = 25
@@ -34,6 +47,16 @@ KILL_AT_PIECE = 25
 
 class Failed(Exception):
     """The demo did not show what it promises."""
+
+
+@cache
+def calibration(threads: int) -> bytes:
+    """How fast this machine is, as an engine remembers it: measured once and alone. Several devices
+    that measure themselves on the same cores at the same time would all be wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "calibration.json"
+        subprocess.run([sys.executable, "-c", MEASURE, path, str(threads)], check=True)
+        return path.read_bytes()
 
 
 @dataclass
@@ -56,13 +79,15 @@ class Device:
         return self.folder / "api.sock"
 
     def configure(self, mqtt_port: int, seed_port: int, budget_mb: int, threads: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        state = self.folder / "state"
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state / "calibration.json").write_bytes(calibration(threads))
         neighbours = [] if seed_port == mqtt_port else [f"127.0.0.1:{seed_port}"]
         (self.folder / "agent.toml").write_text(
             f"""
 [device]
 name = "{self.name}"
-state_dir = "{self.folder}/state"
+state_dir = "{state}"
 store_dir = "{os.environ["COELD_STORE"]}"
 [memory]
 budget_mb = {budget_mb}

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnxruntime as ort
@@ -49,22 +49,26 @@ SWEEP_BYTES: Final = 128 << 20
 
 def calibrate(cache: Path, threads: int) -> Kernels:
     """What was measured here before, or a measurement that takes less than two seconds."""
-    clock_mhz = allowed_mhz()
-    depends_on = {
+    depends_on = conditions(threads)
+    try:
+        return replace(Kernels.from_json(recall(cache, depends_on)), remembered=True)
+    except FrameError:
+        kernels = measure(depends_on["clock_mhz"])
+    if os.getloadavg()[0] < BUSY * len(os.sched_getaffinity(0)):
+        remember(cache, depends_on, kernels.to_json())
+    return kernels
+
+
+def conditions(threads: int) -> dict[str, Any]:
+    """Everything that a measurement depends on."""
+    return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "quota": _quota(),
-        "clock_mhz": clock_mhz,
+        "clock_mhz": allowed_mhz(),
         "onnxruntime": ort.__version__,
     }
-    try:
-        return replace(Kernels.from_json(recall(cache, depends_on)), remembered=True)
-    except FrameError:
-        kernels = measure(clock_mhz)
-    if os.getloadavg()[0] < BUSY * len(os.sched_getaffinity(0)):
-        remember(cache, depends_on, kernels.to_json())
-    return kernels
 
 
 def measure(clock_mhz: int = 0, limit_s: float = LIMIT_S) -> Kernels:
