@@ -117,6 +117,8 @@ class Record:
     """The longest request that its engine keeps keys and values for."""
     links: tuple[MeasuredLink, ...] = ()
     """To other devices, as it measured them, in steps; ascending. Others are as is assumed."""
+    probed: bool = False
+    """It has measured its links to all who were there: what is assumed of the others holds."""
     _json: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
     """Its text, once made: a record never changes and is given to many."""
 
@@ -296,8 +298,9 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "routes": record.fingerprint,
     }
-    names = "rows", "sparing", "wide", "context"
-    told = record.row_mb_per_s, record.sparing, record.stays_wide, record.context_tokens
+    names = "rows", "sparing", "wide", "context", "probed"
+    flags = record.sparing, record.stays_wide
+    told = record.row_mb_per_s, *flags, record.context_tokens, record.probed
     value |= {name: int(number) for name, number in zip(names, told, strict=True) if number}
     if record.asked != NOTHING:
         value["asked"] = asked_to_json(record.asked)
@@ -362,6 +365,7 @@ def _record(value: Any) -> Record:
         stays_wide=bool(_int(value.get("wide", 0), "wide", 1)),
         narrow=narrow,
         context_tokens=_int(value.get("context", 0), "context", COUNTER_MAX),
+        probed=bool(_int(value.get("probed", 0), "probed", 1)),
         epoch=_int(value.get("epoch"), "epoch", COUNTER_MAX),
         fingerprint=_match(value.get("routes"), _FINGERPRINT, "routes"),
     )

@@ -208,8 +208,8 @@ class Node:
                 if self.told.sample(resources, now):
                     self._tell(**self.told.facts())
             case LinksMeasured(links):
-                if self.links.measured(links, [r.origin for r in self.perception.present()]):
-                    self._tell(links=self.links.told)
+                if self.links.measured(links, [r.origin for r in self.market.records()]):
+                    self._tell(links=self.links.told, probed=self.links.probed)
             case EngineStarted():
                 self._engine_started(event, now)
             case EngineStopped():
@@ -254,7 +254,7 @@ class Node:
         out, and what is left of its gain may be less than a new wish would have to have.
         """
         records = self.market.records()
-        facts = self.market.facts()
+        facts = self.market.facts_after(self._facts)
         if self._facts != facts:
             self._facts, self._facts_at, self._thinking = facts, now, None
         if self._thinking is None:

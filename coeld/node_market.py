@@ -57,6 +57,17 @@ class Market:
             self._facts = facts_of(self.demand, records, self._spans)
         return self._facts
 
+    def facts_after(self, before: Facts | None) -> Facts:
+        """The facts to think about after those: the same while what follows from them is carried
+        out. What is measured meanwhile waits, for lots that are half read are read in vain if
+        another gets them; devices and memory that come and go do not."""
+        facts = self.facts()
+        if before is None or facts == before or not facts.measured_anew(before):
+            return facts
+        serving = {record.origin: set(record.serving) for record in self.records()}
+        underway = any(lot not in serving.get(n, ()) for lot, n in self.winners().items())
+        return before if underway else facts
+
     def others(self) -> list[Record]:
         return [record for record in self.records() if record.origin != self._me]
 

@@ -9,6 +9,11 @@ last eight.
 Packets that get lost make both useless: most calls are quick then, and a few take a hundred times
 as long. So there is also a time that one call in four stays below.
 
+How long a call with many rows may take before its peer counts as gone nobody knows beforehand: a
+slow device needs a hundred times as long as a quick one. Each row and layer is allowed ROW_LAYER_S,
+twice as long after every call that this was too little for, and from the first answer on twice what
+that took.
+
 A peer that still owes an answer, because another was quicker, is expected to need at least as long
 as it has been silent already.
 """
@@ -31,6 +36,13 @@ LATE_S_MIN: Final = 0.003
 QUARTER_DOWN: Final = 0.91
 QUARTER_UP: Final = 1.03
 """Steps after calls that took less, and more: three of these undo one of those."""
+ROW_LAYER_S: Final = 0.005
+"""What a deadline allows at least for each row and layer: computing, the link, others before us."""
+ROW_LAYER_S_MAX: Final = 1.0
+ALLOWED_FACTOR: Final = 2.0
+TELLING: Final = 64
+"""Rows times layers of a call that tells what one takes; of smaller ones the link is too large a
+part."""
 
 
 @dataclass(slots=True)
@@ -70,6 +82,21 @@ class Paces:
     losses: Losses = field(default_factory=Losses)
     _known: dict[tuple[NodeId, int], Pace] = field(default_factory=dict)
     _owing: dict[NodeId, float] = field(default_factory=dict)
+    _row_layer_s: dict[NodeId, float] = field(default_factory=dict)
+
+    def allowed_s(self, node: NodeId, row_layers: int) -> float:
+        """For a call with so many rows, times layers, beyond the deadline of an empty one."""
+        return row_layers * self._row_layer_s.get(node, ROW_LAYER_S)
+
+    def overran(self, node: NodeId) -> None:
+        """A call was not answered in the time that was allowed."""
+        before_s = self._row_layer_s.get(node, ROW_LAYER_S)
+        self._row_layer_s[node] = min(ALLOWED_FACTOR * before_s, ROW_LAYER_S_MAX)
+
+    def needed(self, node: NodeId, took_s: float, row_layers: int) -> None:
+        """A call was answered after `took_s`."""
+        if row_layers >= TELLING:
+            self._row_layer_s[node] = max(ROW_LAYER_S, ALLOWED_FACTOR * took_s / row_layers)
 
     def took(self, node: NodeId, rows: int, took_s: float, now_s: float) -> None:
         """A call with that many rows was answered, or given up, after `took_s`."""

@@ -9,7 +9,8 @@ missing or a lot does not load, the law still gives every lot one owner.
 While the whole layers of all devices cover the model they are placed in blocks of consecutive
 layers (coeld.deployment.blocks), served as spans or with cuts, whichever is cheaper. A layer that
 is together gives the bits of one device, so layers are placed in parts, by search, only if that is
-predicted to gain more than predictions may err (PARTS_GAIN_PERCENT), or if whole ones do not fit.
+predicted to gain more than predictions may err (PARTS_GAIN_PERCENT), over links all of which have
+been measured, or if whole ones do not fit.
 What fits only if some layers lose bits is placed in blocks as well (coeld.deployment.widths).
 
 What is served now is priced as well, completed where there are holes. Moving costs time, so whether
@@ -53,6 +54,19 @@ class Facts:
     placed in parts only where whole ones do not fit."""
     narrow: bool = False
     """The lots fit these devices only if some are held in fewer bits."""
+    measured: bool = True
+    """All links are. What is assumed of the others is too good for a slow network or a device whose
+    one core is busy, and layers in parts call most: they wait until it is known."""
+
+    def measured_anew(self, before: "Facts") -> bool:
+        """Has nothing changed since but what is measured of the same devices?"""
+        rooms, rooms_before = (
+            [(d.node, d.tiers[0].memory_bytes) for d in each.devices] for each in (self, before)
+        )
+        same = self.demand.model, self.split, self.spans, self.narrow, rooms
+        return same == (
+            before.demand.model, before.split, before.spans, before.narrow, rooms_before,
+        )  # fmt: skip
 
     def model(self) -> CostModel:
         index = {device.node: i for i, device in enumerate(self.devices)}
@@ -99,7 +113,8 @@ class Deliberation:
         if self.whole:
             self._placed = self._in_blocks()
         fits = sum(self._rooms) >= demand.layers * demand.experts
-        if fits and not (self.whole and (not facts.spans or self._cheap())):
+        parts = facts.spans and facts.measured
+        if fits and not (self.whole and (not parts or self._cheap())):
             self._search, self._slices = _searched(facts).again()
 
     def advance(self) -> bool:

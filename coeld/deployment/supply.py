@@ -53,7 +53,8 @@ def facts_among(demand: ModelDemand, records: Iterable[Record], spans: bool = Tr
         _device(record, room if narrow else _lots_bytes(record, demand))
         for record, room in zip(some, rooms, strict=True)
     )
-    return Facts(demand, devices, links_among(some), spans=spans, narrow=narrow)
+    measured = all(record.probed for record in some)
+    return Facts(demand, devices, links_among(some), spans=spans, narrow=narrow, measured=measured)
 
 
 def links_among(records: Sequence[Record]) -> tuple[tuple[Link, ...], ...]:

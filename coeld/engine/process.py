@@ -276,7 +276,7 @@ class Engine:
 
     def _watched(self) -> Watched | None:
         model, pool = self._model, self._pool
-        if model is None or pool is None:
+        if model is None or pool is None or self._loading:
             return None
         return Watched(model.me, model.board, pool)
 
@@ -290,8 +290,7 @@ class Engine:
             try:
                 job = self._loader_jobs.get(timeout=self._pause_s())
             except queue.Empty:
-                self._refit()
-                continue
+                job = self._refit
             if job is None:
                 return
             self._loading = True
@@ -301,10 +300,13 @@ class Engine:
             self._learn(True)
 
     def _learn(self, on: bool) -> None:
-        """What tokens cost while the loader works is not what they cost."""
-        model = self._model
+        """What tokens and round trips take while the loader works is not what they take."""
+        model, pool = self._model, self._pool
+        self._server.busy = not on
         if model is not None:
             model.decoder.costs.paused = not on
+        if pool is not None:
+            pool.meter.paused = not on
 
     def _pause_s(self) -> float | None:
         """When to look again whether graphs can be brought in line; None: not by itself."""

@@ -1,7 +1,9 @@
 """What the engine learns of its links while it works, probed where nothing travels, told the agent.
 
 One thread. Every LOOK_S it probes the links of which too little is known (coeld.datapath.links),
-and says what is known if that has changed since it was last said.
+and says what is known if that has changed since it was last said. While lots are loaded, here or at
+the other end, a round trip takes as long as a core is busy, which says nothing of the link: then
+nobody probes and nobody answers.
 """
 
 import contextlib

@@ -33,8 +33,6 @@ OWED_MAX: Final = 4
 """Answers that a peer may owe before it is not called any more."""
 OWED_LOSSY_MAX: Final = 12
 """The same where packets get lost: most of these answers are on their way."""
-ROW_LAYER_S: Final = 0.005
-"""What a deadline allows for each row and layer: a slow device, its link, others before us."""
 RTT_SAMPLES: Final = 256
 LINK_BYTES: Final = 1 << 14
 """Calls that send less say nothing about a link's speed."""
@@ -106,7 +104,7 @@ class ExpertCalls:
             exchange.close()
             self.hang_up(node)
             exchange = straight
-        deadline_s = now_s + self._call_deadline_s + ROW_LAYER_S * len(x)
+        deadline_s = now_s + self._call_deadline_s + self.paces.allowed_s(node, len(x))
         first = not exchange.greeted
         call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
         past, link = exchange.past, self.links.get(node)
@@ -277,6 +275,7 @@ class ExpertCalls:
                 stats.rtt_us.append(int(took_s * 1e6))
                 if not call.first:
                     self.paces.took(call.node, call.rows, took_s, now_s)
+                self.paces.needed(call.node, took_s, call.rows)
             free = self._free.setdefault(call.node, [])
             if len(free) < FREE_CONNECTIONS_MAX:
                 free.append(call.exchange)
@@ -327,6 +326,8 @@ class ExpertCalls:
             if call is None or call.outcome is not None:
                 return
             call.outcome = error
+            if isinstance(error, PeerSlow):
+                self.paces.overran(call.node)
             pace, took_s = self.paces.of(call.node, call.rows), now_s - call.started_s
             if isinstance(error, PeerSlow) and (pace is None or took_s > pace.mean_s):
                 self.paces.took(call.node, call.rows, took_s, now_s)  # that long at least

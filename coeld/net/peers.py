@@ -33,7 +33,7 @@ from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.connection import Connection
 from coeld.net.exchange import Rows, link_of
-from coeld.net.expert_calls import LINK_BYTES, ROW_LAYER_S, ExpertCalls, PeerStats
+from coeld.net.expert_calls import LINK_BYTES, ExpertCalls, PeerStats
 from coeld.net.reach import Reach
 from coeld.net.tunnels import carry, connect, hand_on
 
@@ -79,6 +79,8 @@ class PeerServer:
         self.host, self.port = self._listener.getsockname()[:2]
         self.refused = 0
         """Connections and frames turned away."""
+        self.busy = False
+        """Lots are loaded: how long an answer takes says nothing of the link."""
         self._introduction: Introduction | None = None
         self._run: RunExperts | None = None
         self._welcome: Callable[[], SpanHost] | None = None
@@ -223,6 +225,8 @@ class PeerServer:
                 host.free(header.call_id)
             return []
         if header.kind is Kind.PING:
+            if self.busy:
+                return frames.pack_refusal(header.call_id, PeerRefused("lots are loaded"))
             return frames.pack_ping(header.call_id)
         try:
             if header.hidden != self._hidden:
@@ -261,6 +265,7 @@ class SpanReply:
     traffic: Traffic
     straight: bool
     """No other device stands between: what it takes tells of the link."""
+    row_layers: int
     computed_us: int = 0
     """Of its time, what the peer computed."""
 
@@ -280,10 +285,13 @@ class SpanReply:
         except PeerRefused:
             self.pool.stats_of(self.node).failures += 1
             raise
-        except PeerError:
+        except PeerError as exc:
+            if isinstance(exc, PeerSlow):
+                self.pool.paces.overran(self.node)
             self.pool.forget(self.node, self.connection)
             raise
         now_s, stats = time.monotonic(), self.pool.stats_of(self.node)
+        self.pool.paces.needed(self.node, now_s - self.started_s, self.row_layers)
         stats.calls += 1
         stats.rtt_us.append(int((now_s - self.started_s) * 1e6))
         self.traffic = self.traffic.back(header.payload_bytes - COMPUTED.size, header.error)
@@ -354,9 +362,14 @@ class PeerPool:
         sent = Traffic.out(x, coded)
         pieces = frames.pack_span(call_id, asked, x, coded, errors[1])
         began_s, straight = time.monotonic(), line.via is None
-        left_s = self._send(node, connection, pieces, len(x) * (asked.stop - asked.first))
-        until_s, answer = time.monotonic() + left_s, (asked.first, (asked.keep, x.shape[1]))
-        return SpanReply(self, node, connection, call_id, answer, began_s, until_s, sent, straight)
+        row_layers, answer = (
+            len(x) * (asked.stop - asked.first),
+            (asked.first, (asked.keep, x.shape[1])),
+        )
+        until_s = time.monotonic() + self._send(node, connection, pieces, row_layers)
+        return SpanReply(
+            self, node, connection, call_id, answer, began_s, until_s, sent, straight, row_layers
+        )
 
     def free(self, node: NodeId, number: int) -> None:
         """Let the peer drop a request's caches; one that cannot be reached has none."""
@@ -375,7 +388,9 @@ class PeerPool:
             for number in range(PINGS):
                 started_s = time.monotonic()
                 connection.send(frames.pack_ping(number), self._call_deadline_s)
-                header, _ = connection.receive(self._call_deadline_s, self._call_deadline_s)
+                header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
+                if header.kind is Kind.ERROR:
+                    raise frames.refusal(payload)
                 if header.kind is not Kind.PING or header.call_id != number:
                     raise FrameError(f"asked for a PING, got {header.kind.name}")
                 now_s = time.monotonic()
@@ -428,7 +443,7 @@ class PeerPool:
         row_layers: int,
     ) -> float:
         """Seconds until the answer must be there. Raises PeerError."""
-        left_s = self._call_deadline_s + ROW_LAYER_S * row_layers
+        left_s = self._call_deadline_s + self.paces.allowed_s(node, row_layers)
         try:
             connection.send(pieces, left_s)
         except PeerError:

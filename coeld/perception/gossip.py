@@ -67,6 +67,7 @@ def market(record: Record) -> tuple[object, ...]:
         record.asked,
         record.stays_wide,
         record.links,
+        record.probed,
     )
 
 

@@ -13,6 +13,7 @@ from coeld.sim import checkers
 from coeld.sim.device import Device, Spec
 from coeld.sim.world import MODEL, World
 from coeld.view import Resources
+from tests.sim.test_updates import measure_links
 
 SMALL = replace(MODEL, layers=12)
 
@@ -217,6 +218,9 @@ def spanning(world: World) -> set[str]:
 def test_slow_devices_on_a_fast_network_share_each_layer() -> None:
     world = swarm(7, [49, 49, 49, 49], [700] * 4)
     world.run(12)
+    assert torn(world) == [], "nobody knows yet how fast the network is"
+    measure_links(world, None, 0)
+    world.run(30)
     checkers.at_rest(world)
     owners: dict[int, set[str]] = {}
     for device in world.up():

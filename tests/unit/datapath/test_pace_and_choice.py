@@ -6,7 +6,7 @@ import pytest
 
 from coeld.datapath.choice import CLEARLY, LOSSY_S_MIN, PROBE_S, RETRY_S, Seconds, choose
 from coeld.datapath.losses import LOSSY_S
-from coeld.datapath.pace import LATE_S_MIN, Paces
+from coeld.datapath.pace import LATE_S_MIN, ROW_LAYER_S, ROW_LAYER_S_MAX, Paces
 from coeld.ids import NodeId
 
 A, B, C = NodeId("a" * 16), NodeId("b" * 16), NodeId("c" * 16)
@@ -188,3 +188,22 @@ def test_a_device_that_turns_ten_times_slower_costs_little_after_it_is_known(see
         spent_s.append(answers[winner])
     assert sum(spent_s[:30]) < 30 * 0.0011 * 2.5, f"seed={seed}"
     assert sum(spent_s[30:]) / len(spent_s[30:]) < 0.0011 * 1.05, f"seed={seed}"
+
+
+def test_a_peer_gets_the_time_that_its_rows_take_however_slow_it_is() -> None:
+    """One that needs 40 ms per row and layer answers at the fourth attempt, and then at once."""
+    paces, need_s, attempts = Paces(), 0.040 * 9 * 128, 0
+    while paces.allowed_s(A, 9 * 128) < need_s:
+        paces.overran(A)
+        attempts += 1
+    assert attempts == 3
+    paces.needed(A, need_s, 9 * 128)
+    assert paces.allowed_s(A, 1000) == pytest.approx(2 * 40.0)
+    assert paces.allowed_s(B, 1000) == 1000 * ROW_LAYER_S
+    paces.needed(A, 9.0, 1)  # one row, a second of the link's
+    assert paces.allowed_s(A, 1000) == pytest.approx(2 * 40.0)
+    paces.needed(A, 0.010, 128)
+    assert paces.allowed_s(A, 1000) == 1000 * ROW_LAYER_S
+    for _ in range(50):
+        paces.overran(A)
+    assert paces.allowed_s(A, 1) == ROW_LAYER_S_MAX

@@ -122,6 +122,19 @@ def test_layers_are_whole_unless_parts_gain_more_than_predictions_may_err() -> N
         assert found.price_ns <= parts.price_ns * 1.15
 
 
+def test_layers_are_whole_over_links_that_nobody_has_measured() -> None:
+    known = facts([33, 33], [4000, 4000], model_of(6, 8, 8, 20_000_000), False)
+    found, cautious = fresh(known), fresh(replace(known, measured=False))
+    assert found is not None
+    assert cautious is not None
+    assert not is_whole(found.owners)
+    assert is_whole(cautious.owners)
+    tight = replace(facts([21, 31], [4000, 4000], model_of(6, 8, 8), False), measured=False)
+    whole_fits_not = fresh(tight)
+    assert whole_fits_not is not None
+    assert not is_whole(whole_fits_not.owners)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_placement_in_parts_costs_less_than_its_lower_bound(seed: int) -> None:
     rng = Random(seed)

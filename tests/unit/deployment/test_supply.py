@@ -88,3 +88,22 @@ def test_prices_follow_the_links() -> None:
     far = facts_of(DEMAND, [a, record(B, 4000)]).model()
     assert far.reached(0, 1) - near.reached(0, 1) == (6000 - 300) * 1000
     assert far.reached(1, 0) == far.reached(0, 1)
+
+
+def test_links_count_as_measured_when_everybody_has_measured_its_own() -> None:
+    a, b = (replace(record(node, 4000), probed=True) for node in (A, B))
+    assert facts_among(DEMAND, [a, b]).measured
+    assert not facts_among(DEMAND, [a, b, record(NodeId("c" * 16), 4000)]).measured
+
+
+def test_what_is_measured_of_the_same_devices_is_told_from_what_changes_who_is_there() -> None:
+    before = facts_among(DEMAND, [record(A, 4000), record(B, 4000)])
+    slower = facts_among(DEMAND, [record(A, 400), record(B, 4000)])
+    linked = replace(record(A, 4000), links=(MeasuredLink(B, 9000, 9000, 5),))
+    assert slower.measured_anew(before)
+    assert facts_among(DEMAND, [linked, record(B, 4000)]).measured_anew(before)
+    assert not facts_among(DEMAND, [record(A, 4000)]).measured_anew(before)
+    smaller = replace(record(A, 4000), memory_budget_bytes=5000)
+    assert not facts_among(DEMAND, [smaller, record(B, 4000)]).measured_anew(before)
+    other = replace(DEMAND, model=ModelHash("6e" * 32))
+    assert not facts_among(other, [record(A, 4000), record(B, 4000)]).measured_anew(before)

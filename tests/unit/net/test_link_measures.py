@@ -114,6 +114,20 @@ def test_a_probe_measures_without_a_call_and_a_stranger_is_not_measured(server, 
     assert pool.stats() == {}, "it is no failed call"
 
 
+def test_while_lots_are_loaded_at_either_end_nothing_is_measured(server, pool) -> None:
+    where = (server.host, server.port)
+    server.busy = True
+    with pytest.raises(PeerError, match="lots are loaded"):
+        pool.probe(SERVER, where)
+    server.busy = False
+    pool.meter.paused = True
+    pool.probe(SERVER, where)
+    assert samples(pool) == []
+    pool.meter.paused = False
+    pool.probe(SERVER, where)
+    assert len(samples(pool)) == PINGS
+
+
 def test_the_watch_probes_silent_peers_and_tells_changes_once(server, pool) -> None:
     said: list[list[list[object]]] = []
     board = RouteBoard()

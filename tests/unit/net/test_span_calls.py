@@ -10,11 +10,10 @@ import pytest
 
 from coeld.compression.transfer import LinkSpeed
 from coeld.compression.wire import relative_error
-from coeld.datapath import frames
+from coeld.datapath import frames, pace
 from coeld.datapath.frames import HEADER, Kind, SpanCall
 from coeld.errors import CacheLost, PeerGone, PeerRefused, PeerSlow
 from coeld.ids import NodeId
-from coeld.net import peers
 from coeld.net.peers import Introduction, PeerPool, PeerServer
 
 HIDDEN, WAIT_S = 8, 30
@@ -92,7 +91,7 @@ def test_spans_of_all_requests_go_over_one_connection(server, pool, hosts) -> No
 
 
 def test_spans_whose_rows_may_err_cross_a_slow_link_small(pool, hosts, monkeypatch) -> None:
-    monkeypatch.setattr(peers, "link_of", lambda _sock: LinkSpeed(0.02, 1e6))
+    monkeypatch.setattr("coeld.net.peers.link_of", lambda _sock: LinkSpeed(0.02, 1e6))
     x = np.random.default_rng(4).standard_normal((64, 96)).astype(np.float32)
     made = PeerServer("127.0.0.1", 0)
     made.serve(Introduction("s", "m", SERVER), 96, lambda *_asked: X, Host)
@@ -142,7 +141,7 @@ def test_caches_go_with_the_connection(server, pool, hosts) -> None:
 def test_a_late_answer_costs_the_connection_and_is_not_taken_for_another(
     server, pool, hosts, monkeypatch
 ) -> None:
-    monkeypatch.setattr(peers, "ROW_LAYER_S", 0.0)
+    monkeypatch.setattr(pace, "ROW_LAYER_S", 0.0)
     slow = PeerPool(Introduction("s", "m", CALLER), 0.2)
     with pytest.raises(PeerSlow):
         ask(slow, server, first=5)
@@ -153,7 +152,7 @@ def test_a_late_answer_costs_the_connection_and_is_not_taken_for_another(
 
 
 def test_more_rows_and_layers_get_more_time(server, hosts, monkeypatch) -> None:
-    monkeypatch.setattr(peers, "ROW_LAYER_S", WAIT_S / 6)  # three rows, two layers
+    monkeypatch.setattr(pace, "ROW_LAYER_S", WAIT_S / 6)  # three rows, two layers
     patient = PeerPool(Introduction("s", "m", CALLER), 0.2)
     answers: list[object] = []
     caller = threading.Thread(target=lambda: answers.append(ask(patient, server, first=5)))

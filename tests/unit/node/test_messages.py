@@ -44,6 +44,7 @@ RECORD = Record(
     context_tokens=8192,
     narrow=((0, 1), (4, 7)),
     links=(MeasuredLink(A, 450, 900, 110), MeasuredLink(B, 6000, 6000, 7)),
+    probed=True,
     model=ModelHash("5e" * 32),
     data_host="192.168.1.7",
     data_port=9000,

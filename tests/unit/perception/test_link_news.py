@@ -18,8 +18,24 @@ def link(rtt_us: int, mb_per_s: int = 0, node: NodeId = A) -> MeasuredLink:
 
 def test_a_link_like_the_one_that_is_assumed_is_never_told() -> None:
     news = LinkNews(300, 110)
+    news.probed = True
     assert not news.measured([link(300), link(420, 90, B)], [A, B])
     assert news.told == ()
+
+
+def test_that_all_links_have_been_measured_is_told_once() -> None:
+    me, news = NodeId("e" * 16), LinkNews(300, 110)
+    assert not news.measured([link(300)], [A, B, me])
+    assert not news.probed
+    assert news.measured([link(300), link(420, 90, B)], [A, B, me])
+    assert news.probed
+    assert news.told == ()
+    late = NodeId("f" * 16)
+    assert not news.measured([link(300), link(420, 90, B)], [A, B, me, late])
+    assert news.probed, "who comes later measures its own"
+    alone = LinkNews(300, 110)
+    assert not alone.measured([], [me])
+    assert not alone.probed
 
 
 def test_a_link_that_gets_twenty_times_worse_is_told_and_told_again_when_it_recovers() -> None:
