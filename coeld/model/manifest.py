@@ -18,6 +18,7 @@ A bias, where there is one, is `x.b` float32.
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 from coeld.errors import BadModelFile
@@ -154,7 +155,7 @@ class Shape:
     """Embedded tokens are multiplied by this. (Other multipliers are folded into weights.)"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """One imported model.
 
@@ -209,7 +210,7 @@ class Manifest:
             del value["version"]
         return value
 
-    @property
+    @cached_property
     def hash(self) -> ModelHash:
         """Same content, same hash, whatever people call it. What the market is told is content."""
         value = self._value()
@@ -221,7 +222,6 @@ class Manifest:
 
     @property
     def release(self) -> Release:
-        """What orders the versions of a model."""
         return Release(self.version, self.hash)
 
     def trunk_blobs(self) -> list[BlobRef]:
