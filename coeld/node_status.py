@@ -72,6 +72,7 @@ def _member(
         "asked_per_min": _asked(known) if here else None,
         "cpu_load_percent": known.cpu_load_percent,
         "links": [list(link) for link in known.links],
+        "probed": known.probed,
         "serving": len(known.serving) if here else 0,
         "narrow": _narrow(known) if here else 0,
         "claimed": len(known.claims) if here else 0,

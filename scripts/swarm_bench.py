@@ -44,6 +44,8 @@ from tests.netlab import PROFILES, Lab
 PROMPT_TOKENS, GEN_TOKENS, CONTEXT_TOKENS = 128, 64, 512
 QUIET_S = 5.0
 """Without news of routes: the swarm has organised itself."""
+LOOK_S = 0.5
+"""Between two looks at that: to tell its state is work for a device with a third of a core."""
 RPC_PORT = 50052
 READY_S = 240.0
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly boil green soup "
@@ -214,16 +216,19 @@ def complete(device: LabDevice, prompt: str, tokens: int) -> dict:
 
 
 def wait_quiet(devices: list[LabDevice]) -> None:
-    """Everything is served, all agree, and that has been so for QUIET_S."""
+    """Everything is served, links are known, all agree, and that has been so for QUIET_S."""
     deadline_s, since_s, before = time.monotonic() + READY_S, time.monotonic(), None
     while time.monotonic() - since_s < QUIET_S:
         if time.monotonic() > deadline_s:
             raise SystemExit(f"the swarm does not come to rest: {before}")
-        now = [(device.status() or {}).get("node", {}).get("routes") for device in devices]
+        nodes = [(device.status() or {}).get("node", {}) for device in devices]
+        alive = [m for m in nodes[0].get("members", ()) if m["status"] == "alive"]
+        probed = len(alive) == 1 or all(member["probed"] for member in alive)
+        now = [node.get("routes") for node in nodes]
         whole = demo.settled(devices, len(devices))  # type: ignore[arg-type]
-        if not whole or now != before:
+        if not whole or not probed or now != before:
             since_s, before = time.monotonic(), now
-        time.sleep(0.1)
+        time.sleep(LOOK_S)
 
 
 def run_llama(lab: Lab, program: Path, gguf: Path, runs: Runs) -> None:

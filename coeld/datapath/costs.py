@@ -77,6 +77,7 @@ def lots_work(lots: int, node: NodeId | None = None) -> Work:
     return (Part("call", node), 1), (Part("lot", node), lots)
 
 
+@lru_cache(maxsize=1024)
 def reach_work(node: NodeId) -> Work:
     """A call or a span there, besides what is computed."""
     return ((Part("reach", node), 1),)

@@ -33,6 +33,8 @@ class Resident:
     session: Session
     in_order: bool
     """Whether these are all experts of the layer, in their own order."""
+    held: frozenset[int]
+    """The same experts."""
 
 
 class ExpertSet:
@@ -72,7 +74,7 @@ class ExpertSet:
     def here(self, layer: int) -> frozenset[int]:
         """Experts of the layer that `run` can run."""
         resident = self._layers.get(layer)
-        return frozenset(resident.experts) if resident else frozenset()
+        return resident.held if resident else frozenset()
 
     def load(self, lots: Iterable[Lot], narrow: bool = False) -> None:
         """Read these lots from the store, to hold them as they are stored, or `narrow`.
@@ -148,7 +150,7 @@ class ExpertSet:
         (any more).
         """
         resident = self._layers.get(layer)
-        if resident is None or not set(experts).issubset(resident.experts):
+        if resident is None or not resident.held.issuperset(experts):
             raise PeerRefused(f"layer {layer}: not all of the experts {list(experts)} are here")
         if gates is None or not resident.in_order or len(experts) != len(resident.experts):
             places = [resident.experts.index(expert) for expert in experts]
@@ -172,7 +174,7 @@ class ExpertSet:
             return None
         graph = expert_graph(manifest, NarrowBlobs(self._store), layer, experts)
         in_order = experts == tuple(range(self._manifest.shape.experts))
-        return Resident(experts, make_session(graph), in_order)
+        return Resident(experts, make_session(graph), in_order, frozenset(experts))
 
     def _rebuild(self, layers: Collection[int], held: frozenset[Lot]) -> None:
         """The sessions of these layers, with what is held of them."""

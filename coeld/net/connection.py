@@ -35,7 +35,7 @@ class Connection:
 
     def send(self, pieces: list[bytes | memoryview], within_s: float) -> None:
         """Write all pieces with as few system calls as possible. Raises PeerGone, PeerSlow."""
-        with peer_errors():
+        with peer_errors:
             try:
                 sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -59,7 +59,7 @@ class Connection:
         rest = self._in[self._taken : self._have]
         self._in[: len(rest)] = rest
         self._have, self._taken = len(rest), 0
-        with peer_errors():
+        with peer_errors:
             if not self._have:
                 self._more(idle_s)
             deadline_s = time.monotonic() + frame_s

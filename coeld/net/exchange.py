@@ -104,7 +104,7 @@ class Exchange:
         via, where = through or (None, address)
         if via is not None:
             hello = {**hello, "to": node}
-        with peer_errors():
+        with peer_errors:
             sock = dial(where)
         exchange = Exchange(node, address, sock, via, _where=where)
         exchange.redial_at_s = time.monotonic() + DIAL_S
@@ -127,12 +127,12 @@ class Exchange:
         self._out.extend(map(memoryview, pieces))
         self.call, self.past = call, None
         self.silent_s = self.watched_s = call.started_s
-        with peer_errors():
+        with peer_errors:
             self._send()
 
     def pump(self) -> None:
         """Send and receive what can be without waiting. Raises PeerError: then close it."""
-        with peer_errors():
+        with peer_errors:
             if self.redial_at_s <= (now_s := time.monotonic()):
                 self._redial(now_s)
             if self._out:
@@ -248,15 +248,20 @@ class Exchange:
         self.call = None
 
 
-@contextlib.contextmanager
-def peer_errors() -> Any:
-    """Turn what sockets raise into PeerSlow and PeerGone."""
-    try:
-        yield
-    except TimeoutError as exc:  # before OSError: it is a subclass of it
-        raise PeerSlow("no answer before the deadline") from exc
-    except (OSError, EOFError) as exc:
-        raise PeerGone(f"connection lost: {exc!r}") from exc
+class _PeerErrors:
+    """Turns what sockets raise into PeerSlow and PeerGone. One for all: it is entered four times a
+    call, and a generator would be made for each."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
+        if isinstance(exc, TimeoutError):  # before OSError: it is a subclass of it
+            raise PeerSlow("no answer before the deadline") from exc
+        if isinstance(exc, OSError | EOFError):
+            raise PeerGone(f"connection lost: {exc!r}") from exc
+
+
+peer_errors: Final = _PeerErrors()
 
 
 def resent_of(sock: socket.socket) -> int:

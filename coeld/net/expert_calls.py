@@ -38,6 +38,8 @@ LINK_BYTES: Final = 1 << 14
 """Calls that send less say nothing about a link's speed."""
 FRESH_S: Final = 0.05
 """A connection that was used so recently is taken without a look at whether it still stands."""
+RESENT_S: Final = 0.002
+"""Kernels wait two ticks or more before they send a packet again: a quicker call has lost none."""
 LOOK_S: Final = 0.05
 """An answer found later than this after the last look counts as having come by then."""
 
@@ -262,7 +264,8 @@ class ExpertCalls:
         self._measure(call, now_s)
         if call.first and call.exchange.via is None:
             self._reach.works(call.node)
-        packets = call.exchange.resent()
+        beyond_s = now_s - call.started_s - call.computed_us * 1e-6
+        packets = call.exchange.resent() if beyond_s > RESENT_S else 0
         with self._lock:
             if packets:
                 self.paces.losses.note(call.node, packets, now_s)

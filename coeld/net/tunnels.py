@@ -21,7 +21,7 @@ PIECE_BYTES: Final = 1 << 16
 
 def connect(address: tuple[str, int]) -> socket.socket:
     """Raises PeerGone, PeerSlow."""
-    with peer_errors():
+    with peer_errors:
         return sockets.connect(address, CONNECT_S)
 
 
@@ -29,7 +29,7 @@ def hand_on(address: tuple[str, int], said: bytes) -> socket.socket:
     """Connect for a caller and pass on what it has said so far. Raises PeerGone, PeerSlow."""
     onward = connect(address)
     try:
-        with peer_errors():
+        with peer_errors:
             onward.sendall(said)
     except PeerError:
         onward.close()
@@ -41,7 +41,7 @@ def carry(one: socket.socket, other: socket.socket) -> None:
     """Carry bytes both ways until an end closes or is stuck. Raises PeerGone, PeerSlow."""
     ends = {one.fileno(): (one, other), other.fileno(): (other, one)}
     poller, piece = select.poll(), memoryview(bytearray(PIECE_BYTES))
-    with peer_errors():
+    with peer_errors:
         for sock in (one, other):
             sock.settimeout(STUCK_S)
             poller.register(sock, select.POLLIN)

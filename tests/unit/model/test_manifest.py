@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,3 +93,12 @@ def test_what_a_model_demands_is_its_weights(imported: Imported) -> None:
     lots = sum(len(layer) for layer in manifest.experts)
     demand = manifest.demand()
     assert demand.lot_bytes * lots + demand.trunk_bytes == manifest.weights_bytes
+
+
+def test_the_hash_is_worked_out_once(tiny: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Daemons ask for it all the time, and a large model takes half a second."""
+    fresh = replace(tiny, name="other")
+    assert fresh.hash == tiny.hash
+    monkeypatch.setattr(Manifest, "_value", lambda _self: pytest.fail("worked out again"))
+    assert fresh.hash == tiny.hash
+    assert fresh.release.model == tiny.hash
