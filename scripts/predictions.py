@@ -89,7 +89,9 @@ def row(devices: list[LabDevice], layers: int, spans: str, arguments: argparse.N
     owned = status["node"]["owners"].get(status["node"]["me"], [])
     mine = len({layer for layer, _, _ in owned})
     if not before or not measured_us:
-        return f"| {arguments.model} | {len(devices)} | {spans} | the routes changed meanwhile |||||"
+        return (
+            f"| {arguments.model} | {len(devices)} | {spans} | the routes changed meanwhile |||||"
+        )
     early = f"{100 * (before / measured_us - 1):+.1f}"
     return (
         f"| {arguments.model} | {len(devices)} | {spans} | {mine} of {layers} |"
