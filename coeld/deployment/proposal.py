@@ -34,8 +34,9 @@ from coeld.view import ModelDemand
 
 SITES_MAX: Final = 16
 """Devices (and tiers) that are considered for layers in parts, the cheapest first."""
-PARTS_GAIN_PERCENT: Final = 15
-"""What layers in parts must gain over whole ones: predictions are no better than that."""
+PARTS_GAIN_PERCENT: Final = 33
+"""What layers in parts must gain over whole ones: predictions from what is told may err by a third,
+and most where calls are many."""
 
 
 @dataclass(frozen=True, slots=True)
