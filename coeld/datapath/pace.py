@@ -38,7 +38,7 @@ QUARTER_UP: Final = 1.03
 """Steps after calls that took less, and more: three of these undo one of those."""
 ROW_LAYER_S: Final = 0.005
 """What a deadline allows at least for each row and layer: computing, the link, others before us."""
-ROW_LAYER_S_MAX: Final = 1.0
+ROW_LAYER_S_MAX: Final = 0.1
 ALLOWED_FACTOR: Final = 2.0
 TELLING: Final = 64
 """Rows times layers of a call that tells what one takes; of smaller ones the link is too large a
@@ -88,15 +88,18 @@ class Paces:
         """For a call with so many rows, times layers, beyond the deadline of an empty one."""
         return row_layers * self._row_layer_s.get(node, ROW_LAYER_S)
 
-    def overran(self, node: NodeId) -> None:
-        """A call was not answered in the time that was allowed."""
+    def overran(self, node: NodeId, row_layers: int) -> None:
+        """A call was not answered in the time that was allowed. With few rows that was not for
+        them: the peer is frozen, or gone."""
         before_s = self._row_layer_s.get(node, ROW_LAYER_S)
-        self._row_layer_s[node] = min(ALLOWED_FACTOR * before_s, ROW_LAYER_S_MAX)
+        if row_layers >= TELLING:
+            self._row_layer_s[node] = min(ALLOWED_FACTOR * before_s, ROW_LAYER_S_MAX)
 
     def needed(self, node: NodeId, took_s: float, row_layers: int) -> None:
         """A call was answered after `took_s`."""
         if row_layers >= TELLING:
-            self._row_layer_s[node] = max(ROW_LAYER_S, ALLOWED_FACTOR * took_s / row_layers)
+            needed_s = ALLOWED_FACTOR * took_s / row_layers
+            self._row_layer_s[node] = min(max(ROW_LAYER_S, needed_s), ROW_LAYER_S_MAX)
 
     def took(self, node: NodeId, rows: int, took_s: float, now_s: float) -> None:
         """A call with that many rows was answered, or given up, after `took_s`."""

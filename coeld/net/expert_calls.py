@@ -330,7 +330,7 @@ class ExpertCalls:
                 return
             call.outcome = error
             if isinstance(error, PeerSlow):
-                self.paces.overran(call.node)
+                self.paces.overran(call.node, call.rows)
             pace, took_s = self.paces.of(call.node, call.rows), now_s - call.started_s
             if isinstance(error, PeerSlow) and (pace is None or took_s > pace.mean_s):
                 self.paces.took(call.node, call.rows, took_s, now_s)  # that long at least

@@ -287,7 +287,7 @@ class SpanReply:
             raise
         except PeerError as exc:
             if isinstance(exc, PeerSlow):
-                self.pool.paces.overran(self.node)
+                self.pool.paces.overran(self.node, self.row_layers)
             self.pool.forget(self.node, self.connection)
             raise
         now_s, stats = time.monotonic(), self.pool.stats_of(self.node)
@@ -362,10 +362,8 @@ class PeerPool:
         sent = Traffic.out(x, coded)
         pieces = frames.pack_span(call_id, asked, x, coded, errors[1])
         began_s, straight = time.monotonic(), line.via is None
-        row_layers, answer = (
-            len(x) * (asked.stop - asked.first),
-            (asked.first, (asked.keep, x.shape[1])),
-        )
+        row_layers = len(x) * (asked.stop - asked.first)
+        answer = asked.first, (asked.keep, x.shape[1])
         until_s = time.monotonic() + self._send(node, connection, pieces, row_layers)
         return SpanReply(
             self, node, connection, call_id, answer, began_s, until_s, sent, straight, row_layers

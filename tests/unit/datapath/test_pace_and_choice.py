@@ -194,7 +194,7 @@ def test_a_peer_gets_the_time_that_its_rows_take_however_slow_it_is() -> None:
     """One that needs 40 ms per row and layer answers at the fourth attempt, and then at once."""
     paces, need_s, attempts = Paces(), 0.040 * 9 * 128, 0
     while paces.allowed_s(A, 9 * 128) < need_s:
-        paces.overran(A)
+        paces.overran(A, 9 * 128)
         attempts += 1
     assert attempts == 3
     paces.needed(A, need_s, 9 * 128)
@@ -204,6 +204,8 @@ def test_a_peer_gets_the_time_that_its_rows_take_however_slow_it_is() -> None:
     assert paces.allowed_s(A, 1000) == pytest.approx(2 * 40.0)
     paces.needed(A, 0.010, 128)
     assert paces.allowed_s(A, 1000) == 1000 * ROW_LAYER_S
+    paces.overran(A, 1)  # it was frozen: rows are no reason
+    assert paces.allowed_s(A, 1000) == 1000 * ROW_LAYER_S
     for _ in range(50):
-        paces.overran(A)
+        paces.overran(A, 128)
     assert paces.allowed_s(A, 1) == ROW_LAYER_S_MAX
