@@ -6,7 +6,7 @@ Also since when that rests: the auction is quiet when no claim has changed for a
 from collections.abc import Iterable, Mapping
 
 from coeld.deployment.auction import Offer, Task, leaders
-from coeld.deployment.placement import Quiet, elsewhere, owners, replaced, won
+from coeld.deployment.placement import Quiet, elsewhere, owners, replaced, serving, won
 from coeld.deployment.proposal import Facts
 from coeld.deployment.room import Room
 from coeld.deployment.supply import facts_of
@@ -64,8 +64,8 @@ class Market:
         facts = self.facts()
         if before is None or facts == before or not facts.measured_anew(before):
             return facts
-        serving = {record.origin: set(record.serving) for record in self.records()}
-        underway = any(lot not in serving.get(n, ()) for lot, n in self.winners().items())
+        winners = self.winners()
+        underway = winners.items() - serving(self.records(), winners).items()
         return before if underway else facts
 
     def others(self) -> list[Record]:

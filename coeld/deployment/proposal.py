@@ -61,13 +61,11 @@ class Facts:
 
     def measured_anew(self, before: "Facts") -> bool:
         """Has nothing changed since but what is measured of the same devices?"""
-        rooms, rooms_before = (
-            [(d.node, d.tiers[0].memory_bytes) for d in each.devices] for each in (self, before)
-        )
-        same = self.demand.model, self.split, self.spans, self.narrow, rooms
-        return same == (
-            before.demand.model, before.split, before.spans, before.narrow, rooms_before,
-        )  # fmt: skip
+        return self._given() == before._given()
+
+    def _given(self) -> tuple[object, ...]:
+        rooms = [(device.node, device.tiers[0].memory_bytes) for device in self.devices]
+        return self.demand.model, self.split, self.spans, self.narrow, rooms
 
     def model(self) -> CostModel:
         index = {device.node: i for i, device in enumerate(self.devices)}
