@@ -67,8 +67,8 @@ INBOX_MAX: Final = 4096
 SAMPLE_S: Final = 2.0
 HAND_OVER_S: Final = 3.0
 """A device that is told to stop waits this long for others to take over what it serves."""
-PARTING_S: Final = 1.0
-"""For requests that have caches here: they go over to another way."""
+PARTING_S_MAX: Final = 1.5
+"""And then so long for requests of others that have caches here to go over to another way."""
 GOODBYE_S: Final = 0.1
 """For the goodbye to leave our sockets before they close."""
 
@@ -268,8 +268,11 @@ class Agent:
         for _ in range(round(HAND_OVER_S / GOODBYE_S)):
             await asyncio.sleep(GOODBYE_S)
             if not self._node.still_needed():
-                await asyncio.sleep(PARTING_S if self._config.swarm.spans else 0.0)
+                break
+        for _ in range(round(PARTING_S_MAX / GOODBYE_S)):
+            if not (await self._engine.stats()).get("guest_kv_bytes"):
                 return
+            await asyncio.sleep(GOODBYE_S)
 
     async def _say_goodbye(self) -> None:
         notify("STOPPING=1")

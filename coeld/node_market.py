@@ -122,8 +122,11 @@ class Market:
         return won(self._perception.me, self.leaders())
 
     def elsewhere(self) -> set[Lot]:
-        """Lots that a device other than this one serves beyond suspicion."""
-        return elsewhere(self.records(), self._me, self._perception.suspects())
+        """Lots that a device other than this one serves beyond suspicion, and is here to stay: what
+        only those serve that leave, or soon run out of battery, is as urgent as what nobody does."""
+        records = self.records()
+        going = {record.origin for record in records if record.sparing}
+        return elsewhere(records, self._me, self._perception.suspects() | going)
 
     def replaced(self, held: Iterable[Lot]) -> set[Lot]:
         """Of the lots held here, those lost to others all of whom serve them."""

@@ -9,9 +9,10 @@ what they have cached and are skipped, and the bits are those of an undisturbed 
 A stage is also run again if the rows that come out of it are wanted and not known: where a leg of
 the new way begins at a layer at which none began before.
 
-Where nothing is lost and only the routes have changed, the same is done *beside* the journey under
-way: what both have in common they share, the rest catches up between tokens, and then the request
-goes over. So a device that gives layers away can be left before it has.
+Where nothing is lost, the same can be done *beside* the journey under way: what both have in common
+they share, the rest catches up in a thread of its own (coeld.datapath.catch_up), and then the
+request goes over. So a device that gives layers away can be left before it has. If the journey
+under way is lost meanwhile, what has been caught up serves to mend it.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,14 +34,15 @@ class Kept:
         self._room: Rows = np.zeros((0, 0), np.float32)
 
     def put(self, x: Rows) -> None:
-        """The rows of the next positions."""
-        at, self.length = self.length, self.length + len(x)
-        if self.length > len(self._room):
-            room = np.empty((2 * self.length, x.shape[1]), np.float32)
+        """The rows of the next positions. Another thread may look at the former ones meanwhile."""
+        at, length = self.length, self.length + len(x)
+        if length > len(self._room):
+            room = np.empty((2 * length, x.shape[1]), np.float32)
             if at:
                 room[:at] = self._room[:at]
             self._room = room
-        self._room[at : self.length] = x
+        self._room[at:length] = x
+        self.length = length
 
     def get(self, at: int, count: int) -> Rows:
         assert at + count <= self.length
@@ -64,12 +66,14 @@ class Stage:
     """What entered it; nothing where tokens enter."""
     length: int = 0
     """Tokens that it has cached."""
+    line: int = 0
+    """Over which connection to its peer, which the caches there belong to."""
     asked: bool = False
     """Its peer may have caches for it."""
     lost: bool = False
     """Its device does not have them any more."""
     within: "Stage | None" = None
-    """A stage of another journey under way that runs these layers too, in the same cache."""
+    """A stage of the journey under way that runs these layers too, in the same cache."""
 
 
 NewStage = Callable[[Leg, Kept], Stage]
@@ -116,14 +120,17 @@ class Journey:
             stage.lost |= stage.leg.node == node
 
     def free(self, but: "Journey | None" = None) -> None:
-        """Let all caches go but those that another journey goes on with."""
+        """Let all caches go but those that another journey goes on with, and those that are the
+        journey's beside which this one is."""
         stages = but.stages if but is not None else ()
         numbers, spared = {s.number for s in stages}, {id(s.cache) for s in stages}
         for stage in self.stages:
+            if stage.within is not None:
+                continue
             if stage.cache is not None and id(stage.cache) not in spared:
                 stage.cache.free()
             if stage.asked and stage.number not in numbers:
-                self.peers.free(stage.leg.node, stage.number)
+                self.peers.free(stage.leg.node, stage.number, stage.line)
 
     def part_from(self, other: "Journey") -> None:
         """The other is over; this one has what it needs of it."""
@@ -141,47 +148,66 @@ class Journey:
         return self.length >= other.length
 
 
-def mended(before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage) -> Journey:
+def mended(
+    before: Journey,
+    way: Way,
+    legs: Sequence[Leg],
+    me: NodeId,
+    new: NewStage,
+    ahead: Journey | None = None,
+) -> Journey:
     """A journey along another way with whatever of the old one's caches lies on it; `legs` are that
-    way with what runs here in pieces. `before` is over."""
-    made = _along(before, way, legs, me, new, back=True)
+    way with what runs here in pieces. `before` is over, and so is what was `ahead` beside it."""
+    own = [] if ahead is None else [s for s in ahead.stages if s.within is None]
+    made = _along(before, way, legs, me, new, own, back=True)
     made.part_from(before)
+    if ahead is not None:
+        ahead.free(made)
     return made
 
 
 def beside(before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage) -> Journey:
     """The same while `before` goes on: what would have to go back is not shared with it."""
-    return _along(before, way, legs, me, new, back=False)
+    return _along(before, way, legs, me, new, (), back=False)
 
 
 def _along(
-    before: Journey, way: Way, legs: Sequence[Leg], me: NodeId, new: NewStage, back: bool
+    before: Journey,
+    way: Way,
+    legs: Sequence[Leg],
+    me: NodeId,
+    new: NewStage,
+    own: Sequence[Stage],
+    back: bool,
 ) -> Journey:
     """From the last stage to the first: how many tokens each may have cached so that the rows that
-    the next one lacks are known, or come out when it runs the rest."""
-    known = {stage.leg.first: stage.kept for stage in before.stages[1:]}
+    the next one lacks are known, or come out when it runs the rest. `own` are stages of no journey
+    that serve too."""
+    old_stages = [*own, *before.stages]
+    known = {stage.leg.first: stage.kept for stage in old_stages if stage.leg.first}
     stages: list[Stage] = []
     limit = before.progress
     for leg in reversed(legs):
-        old, kept = _reusable(before, leg, leg.node == me), known.get(leg.first, Kept())
+        old, kept = _reusable(old_stages, leg, leg.node == me), known.get(leg.first, Kept())
         if old is not None and min(old.length, limit) >= (1 if back else old.length):
-            length = min(old.length, limit)
-            stage = Stage(leg, old.number, old.cache, kept, length, old.asked, within=old)
+            length, asked = min(old.length, limit), old.asked
+            stage = Stage(leg, old.number, old.cache, kept, length, old.line, asked, within=old)
         else:
             stage = new(leg, kept)
         stages.append(stage)
-        limit = min(before.progress, max(stage.length, kept.length))
+        limit = max(stage.length, kept.length)
     stages.reverse()
     made = Journey(way, stages, before.peers)
     made.progress = before.progress
     return made
 
 
-def _reusable(before: Journey, leg: Leg, here: bool) -> Stage | None:
-    """The stage whose caches serve for this one."""
-    for stage in before.stages:
-        if not stage.lost and stage.leg.node == leg.node:
-            inside = stage.leg.first <= leg.first and leg.stop <= stage.leg.stop
-            if stage.leg == leg or (here and inside):
-                return stage
-    return None
+def _reusable(stages: Sequence[Stage], leg: Leg, here: bool) -> Stage | None:
+    """The stage whose caches serve for this one, if any; of several that with most in them."""
+
+    def serves(stage: Stage) -> bool:
+        inside = stage.leg.first <= leg.first and leg.stop <= stage.leg.stop
+        there = not stage.lost and stage.leg.node == leg.node
+        return there and (stage.leg == leg or (here and inside))
+
+    return max(filter(serves, stages), key=lambda stage: stage.length, default=None)

@@ -118,8 +118,16 @@ class Reply(Protocol):
     """Of the time it took, what the peer computed."""
     traffic: Traffic
 
+    def ready(self, within_s: float) -> bool:
+        """Whether `result` has to wait no longer, by then."""
+        ...
+
     def result(self) -> Rows:
         """Wait for the rows (n, H). Raises PeerError; ends at the call's deadline."""
+        ...
+
+    def give_up(self) -> None:
+        """Instead of `result`: nobody wants it any more. What the line's caches hold is lost."""
         ...
 
 
@@ -166,10 +174,12 @@ class PeerLink(Protocol):
         asked: SpanCall,
         x: Rows,
         errors: Errors,
+        line: int,
         /,
     ) -> Reply:
         """Have a peer run whole layers; its answer is the residual stream of the last
-        `asked.keep` rows. Rows and answer may err by `errors`. One thread. Raises PeerError."""
+        `asked.keep` rows. Rows and answer may err by `errors`. Calls on one `line` come one after
+        the other, and the caches that they leave behind belong to it. Raises PeerError."""
         ...
 
     def another_way(self, node: NodeId, /) -> bool:
@@ -177,7 +187,7 @@ class PeerLink(Protocol):
         failed?"""
         ...
 
-    def free(self, node: NodeId, number: int) -> None:
+    def free(self, node: NodeId, number: int, line: int) -> None:
         """Let the peer drop the caches of a request. Raises nothing: a peer that cannot be
         reached has dropped them."""
         ...

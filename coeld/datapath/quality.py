@@ -102,6 +102,14 @@ class Quality:
         """A leg elsewhere has been answered; `values` went there and came back."""
         self._add(traffic, (SENSITIVITY_HOP, SENSITIVITY_HOP), rows, values)
 
+    def also(self, other: "Quality") -> None:
+        """Passes of the same request that were counted apart."""
+        self.rows_bytes += other.rows_bytes
+        self.float32_bytes += other.float32_bytes
+        self.pruned_pairs += other.pruned_pairs
+        self.tokens += other.tokens
+        self.kl_sum += other.kl_sum
+
     def _allowed(self, c: tuple[float, float]) -> Errors:
         out, back = (error_allowed(self.kl_budget, self.transfers, each) for each in c)
         return min(out, ERROR_MAX), min(back, ERROR_MAX)

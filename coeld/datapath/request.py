@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 import numpy as np
 
@@ -12,6 +12,11 @@ from coeld.datapath.sampling import Sampling
 from coeld.datapath.split import Split
 from coeld.errors import CoeldError
 
+if TYPE_CHECKING:
+    from coeld.datapath.catch_up import CatchUp
+
+PREFILL_CHUNK_TOKENS: Final = 256
+"""Larger chunks prefill a little faster and make the others wait longer."""
 FinishReason = Literal["stop", "length"]
 
 
@@ -51,8 +56,11 @@ class Request:
     journey: Journey | None = None
     astray: bool = False
     """Its journey cannot go on: another has to mend it."""
-    ahead: Journey | None = None
+    catching: "CatchUp | None" = None
     """Another that catches up beside it, to go over to."""
+    patient_until_s: float = 0.0
+    """Until then a late leg is waited for without looking for another way: the last look was in
+    vain."""
     generator: np.random.Generator = field(default_factory=np.random.default_rng)
     tokens: list[int] = field(default_factory=list)
     """The prompt and what was generated: all that is needed to begin again elsewhere."""
@@ -91,6 +99,15 @@ class Request:
     def replay_s(self) -> float:
         """What it takes to run it again so far, at the pace until now without its stalls."""
         return max(0.0, self.prefill_s + self.decode_s - sum(self.stalls_s))
+
+    def next_tokens(self, at: int, stop: int | None, exact: bool) -> list[int]:
+        """What caches of `at` tokens lack next, at most to `stop`. A prompt's chunks are the same
+        on every way; what was generated comes one by one if that has to be `exact`."""
+        prompt = len(self.prompt)
+        if at < prompt:
+            return self.prompt[at : at + PREFILL_CHUNK_TOKENS]
+        end = at + (1 if exact else PREFILL_CHUNK_TOKENS)
+        return self.tokens[at : min(end, stop or end)]
 
     def check(self) -> None:
         """Raise Cancelled if it was."""

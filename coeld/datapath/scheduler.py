@@ -8,6 +8,9 @@ layers that are lost run again for its tokens, the prompt in the same chunks as 
 was generated, of which nothing is said twice. One by one the generated tokens give the bits of the
 first time, in chunks they do not: a logit of SmolLM2 changes by up to 0.35, enough to flip a
 near-tie. So greedy answers are replayed one by one while that takes no longer than REPLAY_S.
+
+A request that is well and goes over to another way stays on its own until a journey along the other
+has caught up beside it (coeld.datapath.catch_up).
 """
 
 import time
@@ -21,16 +24,8 @@ from coeld.datapath.sampling import choose
 from coeld.datapath.split import Split
 from coeld.errors import CoeldError, NotCovered
 
-PREFILL_CHUNK_TOKENS: Final = 256
-"""Larger chunks prefill a little faster and make the others wait longer."""
-
 REPLAY_S: Final = 5.0
 """A silence that a reader bears for the sake of the very same text."""
-
-CATCH_UP_STEPS: Final = 2.0
-"""A reader gets a third of the tokens while a request changes its way."""
-CATCH_UP_S_MAX: Final = 0.1
-"""After one token: its own time may have been a stall."""
 
 LOSSES_MAX: Final = 6
 """Ways that one token may lose. Each after the first means LOST_S without some device: 18 s."""
@@ -86,7 +81,6 @@ class Scheduler:
 
     def _begin_again(self, request: Request, lost: LegLost) -> NotCovered | None:
         """The next step sets out on another way. The error, when that is of no use."""
-        self._stay(request)
         request.astray, request.stepped = True, None
         if request.lost_since_s is None:
             request.lost_since_s = time.monotonic()
@@ -101,8 +95,10 @@ class Scheduler:
         return None
 
     def _depart(self, request: Request) -> Journey:
+        """The way that is lost, and one that was catching up beside it, mend each other."""
         before, request.routes = request.journey, self._decoder.costs.routes
-        request.journey = journey = self._decoder.depart(before)
+        ahead = None if before is None else self._caught_up(request, before)
+        request.journey = journey = self._decoder.depart(before, ahead)
         request.astray, request.cached = False, journey.length
         if before is not None:
             replay_s = request.replay_s * journey.behind
@@ -115,7 +111,7 @@ class Scheduler:
         journey = request.journey
         if journey is None or request.astray:
             journey = self._depart(request)
-        chunk = self._next_tokens(request, journey.length, journey.stop())
+        chunk = request.next_tokens(journey.length, journey.stop(), request.exact)
         logits = self._decoder.forward(journey, chunk, [len(chunk) - 1], request)
         request.cached += len(chunk)
         now = time.monotonic()
@@ -134,39 +130,44 @@ class Scheduler:
             request.losses, request.lost_since_s = 0, None
         reason = self._emit(request, choose(logits[0], request.sampling, request.generator))
         if reason is None and len(chunk) == 1:
-            self._go_over(request, journey, now - started)
+            self._go_over(request, journey)
         return reason
 
-    def _go_over(self, request: Request, journey: Journey, step_s: float) -> None:
-        """Leave a way that still works for that of newer routes: another journey catches up beside
-        it, for CATCH_UP_STEPS times as long as a token takes after each, and then takes its place.
-        """
-        ahead = request.ahead
-        if ahead is None:
-            ahead = request.ahead = self._decoder.aside(journey)
-        if ahead is None:
+    def _go_over(self, request: Request, journey: Journey) -> None:
+        """Leave a way that still works for that of newer routes, once another journey has caught up
+        with it: its last tokens are run here, between two of the reader's."""
+        if request.catching is None:
+            request.catching = self._decoder.aside(request)
             return
         request.stepped = None
-        until_s = time.monotonic() + min(CATCH_UP_STEPS * step_s, CATCH_UP_S_MAX)
+        if not request.catching.wait(0) or (ahead := self._caught_up(request, journey)) is None:
+            return
         try:
             while not ahead.follow(journey):
-                if time.monotonic() >= until_s:
-                    return
                 stop = min(journey.length, ahead.stop() or journey.length)
-                chunk = self._next_tokens(request, ahead.length, stop)
+                chunk = request.next_tokens(ahead.length, stop, request.exact)
                 self._decoder.forward(ahead, chunk, [len(chunk) - 1], request)
         except (LegLost, NotCovered):
-            self._stay(request)
+            ahead.free()
             return
         ahead.routes = journey.routes
         ahead.part_from(journey)
-        request.journey, request.ahead = ahead, None
+        request.journey = ahead
+
+    def _caught_up(self, request: Request, journey: Journey) -> Journey | None:
+        """What was catching up beside the journey, as far as it has come."""
+        catching = request.catching
+        if catching is None or any(s.lost and catching.needs(s.leg.node) for s in journey.stages):
+            self._stay(request)  # else its call to who is lost would have to be waited for
+            return None
+        request.catching = None
+        return catching.close()
 
     def _stay(self, request: Request) -> None:
         """Go over to no other way."""
-        if request.ahead is not None:
-            request.ahead.free(request.journey)
-            request.ahead = None
+        catching, request.catching = request.catching, None
+        if catching is not None:
+            catching.abandon()
 
     def _learn(self, request: Request, rows: int, now: float) -> None:
         """What a token took that had nobody else's turns, nor a search for owners, in it."""
@@ -180,14 +181,6 @@ class Scheduler:
             costs.note(ANSWER, took_s)
             rest_s = max(0.0, took_s - spent_s)
             costs.note(rest_work(split.cuts - before[2]), rest_s)
-
-    def _next_tokens(self, request: Request, at: int, stop: int | None) -> list[int]:
-        """What caches of `at` tokens lack next; a prompt's chunks are the same on every way."""
-        prompt = len(request.prompt)
-        if at < prompt:
-            return request.prompt[at : at + PREFILL_CHUNK_TOKENS]
-        end = at + (1 if request.exact else PREFILL_CHUNK_TOKENS)
-        return request.tokens[at : min(end, stop or end)]
 
     def _emit(self, request: Request, token: int) -> FinishReason | None:
         if token in request.eos_tokens:

@@ -2,8 +2,8 @@
 
 The route table names the legs. What it says may be out of date for the moment in which a request
 sets out: a device on the way has just failed, or this device's own graphs do not begin and end
-where its legs do. This device can run any layers itself, cut by cut, since it holds the whole
-trunk; so it takes over what nobody else can run now.
+where its legs do. Another device may serve the very same layers. If none does, this one can run any
+layers itself, cut by cut, since it holds the whole trunk.
 """
 
 from collections.abc import Collection
@@ -16,14 +16,16 @@ Way = tuple[Leg, ...]
 
 
 def way_of(table: RouteTable | None, me: NodeId, layers: int, lost: Collection[NodeId]) -> Way:
-    """The table's way with the legs of `lost` devices, and of those without an address, here."""
+    """The table's way without `lost` devices, and without those that have no address."""
     alone = (Leg(me, 0, layers),)
     if table is None or not table.legs or not _joined(table.legs, layers):
         return alone
+    reachable = (table.addresses.keys() | {me}) - set(lost)
+    others = {(leg.first, leg.stop): leg.node for leg in table.spans if leg.node in reachable}
     way: list[Leg] = []
     for leg in table.legs:
-        reachable = leg.node in table.addresses and leg.node not in lost
-        node = leg.node if reachable else me
+        known = leg.node in reachable
+        node = leg.node if known else others.get((leg.first, leg.stop), me)
         first = way.pop().first if way and way[-1].node == node else leg.first
         way.append(Leg(node, first, leg.stop))
     return tuple(way)

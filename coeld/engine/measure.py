@@ -50,7 +50,7 @@ class NoPeers:
     def another_way(self, node: NodeId) -> bool:
         return False
 
-    def free(self, node: NodeId, number: int) -> None:
+    def free(self, node: NodeId, number: int, line: int) -> None:
         """Nobody holds anything."""
 
 

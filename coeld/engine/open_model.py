@@ -66,7 +66,7 @@ class OpenModel:
             on_failure=on_failure,
         )
         layers, new_cache = manifest.shape.layers, self.trunk.new_cache
-        self.decoder = Decoder(self.trunk.lane(), self.dispatcher, layers, new_cache)
+        self.decoder = Decoder(self.trunk.lane, self.dispatcher, layers, new_cache)
         self.scheduler = Scheduler(self.decoder)
         self.guests = Ledger(guests_max * new_cache().bytes_for(self.context_tokens))
         self.doors = Doors()
@@ -141,7 +141,8 @@ class OpenModel:
             hosts = list(self._hosts)
         borders = {border for host in hosts for border in host.borders()}
         for request in list(self.scheduler.active):
-            for journey in (request.journey, request.ahead):
+            catching = request.catching
+            for journey in (request.journey, catching.journey if catching else None):
                 if journey is not None and len(journey.stages) > 1:
                     legs = [stage.leg for stage in journey.stages]
                     borders |= {border for leg in legs for border in (leg.first, leg.stop)}

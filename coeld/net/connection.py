@@ -5,6 +5,7 @@ only what is left over is waited for with a deadline.
 """
 
 import contextlib
+import select
 import socket
 import time
 from typing import Final
@@ -73,6 +74,14 @@ class Connection:
             self._until(size, deadline_s)
             self._taken = size
             return header, memoryview(self._in)[HEADER.size : size]
+
+    def arrives(self, within_s: float) -> bool:
+        """Whether anything of the next frame is there, by then, or the connection is gone."""
+        if self._have > self._taken:
+            return True
+        poller = select.poll()
+        poller.register(self.sock, select.POLLIN)
+        return bool(poller.poll(within_s * 1000))
 
     @property
     def unread(self) -> bytes:

@@ -8,33 +8,33 @@ that was blocked in `recv` runs what is asked for and writes back: one wake-up o
 A connection starts with HELLO both ways (swarm, model, node); then the caller sends EXPERTS or SPAN
 and gets RESULT or ERROR, in order; FREE is not answered, PING by itself. Experts are called without
 blocking on any single peer (`expert_calls.py`), over any free connection; a span's caller waits for
-the one peer on its way, over one connection kept for spans. The caches that spans left behind
-belong to it: they go when it closes, and keepalive closes it when the caller's machine is gone.
+the one peer on its way, over a connection kept for its spans (`span_calls.py`). The caches that
+these left behind belong to it: they go when it closes, and keepalive closes it when the caller's
+machine is gone.
 
 A HELLO that names another device as the one it is meant for is handed on to it (`tunnels.py`),
 once: the caller cannot reach that one by itself (`reach.py`).
 """
 
 import contextlib
-import itertools
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from coeld.compression.prediction import Past
 from coeld.compression.transfer import encode_for, received
 from coeld.datapath import frames
-from coeld.datapath.frames import COMPUTED, Header, Kind, SpanCall
-from coeld.datapath.quality import EXACT, Errors, Traffic
-from coeld.errors import FrameError, PeerError, PeerGone, PeerRefused, PeerSlow
+from coeld.datapath.frames import Header, Kind, SpanCall
+from coeld.errors import FrameError, PeerError, PeerRefused, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.connection import Connection
 from coeld.net.exchange import Rows, link_of
-from coeld.net.expert_calls import LINK_BYTES, ExpertCalls, PeerStats
+from coeld.net.expert_calls import ExpertCalls, PeerStats
 from coeld.net.reach import Reach
+from coeld.net.span_calls import SpanCalls, introduce
 from coeld.net.tunnels import carry, connect, hand_on
 
 CONNECTIONS_MAX: Final = 128
@@ -250,79 +250,9 @@ class PeerServer:
         return frames.pack_result(header.call_id, header.layer, y, computed_us, coded)
 
 
-@dataclass(slots=True)
-class SpanReply:
-    """A span under way. `result` must be called, or the connection is closed."""
-
-    pool: "PeerPool"
-    node: NodeId
-    connection: Connection
-    call_id: int
-    asked: tuple[int, tuple[int, int]]
-    """Layer, and the shape of the answer."""
-    started_s: float
-    deadline_s: float
-    traffic: Traffic
-    straight: bool
-    """No other device stands between: what it takes tells of the link."""
-    row_layers: int
-    computed_us: int = 0
-    """Of its time, what the peer computed."""
-
-    def result(self) -> Rows:
-        """The residual stream (n, H). Raises PeerError."""
-        try:
-            left_s = max(self.deadline_s - time.monotonic(), 0.001)
-            header, payload = self.connection.receive(left_s, left_s)
-            if header.call_id != self.call_id:
-                raise FrameError("an answer to another call")
-            if header.kind is Kind.ERROR:
-                raise frames.refusal(payload)
-            answered = header.layer, (header.rows, header.hidden)
-            if header.kind is not Kind.RESULT or answered != self.asked:
-                raise FrameError(f"asked for {self.asked}, got {header.kind.name} {answered}")
-            rows, self.computed_us = frames.unpack_result(header, payload)
-        except PeerRefused:
-            self.pool.stats_of(self.node).failures += 1
-            raise
-        except PeerError as exc:
-            if isinstance(exc, PeerSlow):
-                self.pool.paces.overran(self.node, self.row_layers)
-            self.pool.forget(self.node, self.connection)
-            raise
-        now_s, stats = time.monotonic(), self.pool.stats_of(self.node)
-        self.pool.paces.needed(self.node, now_s - self.started_s, self.row_layers)
-        stats.calls += 1
-        stats.rtt_us.append(int((now_s - self.started_s) * 1e6))
-        self.traffic = self.traffic.back(header.payload_bytes - COMPUTED.size, header.error)
-        if self.straight:
-            self._measure(now_s)
-        return rows.copy()  # the buffer is the connection's
-
-    def _measure(self, now_s: float) -> None:
-        """What the answer tells of the link."""
-        link_s, sent = now_s - self.started_s - self.computed_us * 1e-6, self.traffic.sent_bytes
-        if sent < LINK_BYTES:
-            payload_bytes = sent + self.traffic.received_bytes
-            self.pool.meter.answered(self.node, link_s, payload_bytes, now_s)
-        elif link := link_of(self.connection.sock):
-            self.pool.meter.delivered(self.node, link.bytes_per_s)
-
-
-@dataclass(slots=True)
-class _Line:
-    """The connection to a peer that spans use."""
-
-    address: tuple[str, int]
-    connection: Connection
-    via: NodeId | None
-    numbers: set[int] = field(default_factory=set)
-    """Requests that may have caches there."""
-
-
 class PeerPool:
-    """Connections to peers, opened when needed. Experts are called from any thread, spans from the
-    decoder's only."""
+    """Connections to peers, opened when needed. Any thread, but each line of spans only one at a
+    time."""
 
     def __init__(
         self,
@@ -331,58 +261,24 @@ class PeerPool:
         on_lost: Callable[[NodeId, PeerError], None] = lambda _node, _error: None,
         addresses: Addresses = dict,
     ) -> None:
-        self._introduction = introduction
-        self._call_deadline_s = call_deadline_s
-        self._spans: dict[NodeId, _Line] = {}
-        self._ids = itertools.count(1)
-        self._reach = Reach(introduction.to_json(), addresses)
-        calls = ExpertCalls(introduction.to_json(), call_deadline_s, on_lost, self._reach)
+        self._hello, self._call_deadline_s = introduction.to_json(), call_deadline_s
+        self._reach = Reach(self._hello, addresses)
+        calls = ExpertCalls(self._hello, call_deadline_s, on_lost, self._reach)
         self._experts = calls
+        self._spans = SpanCalls(self._hello, call_deadline_s, self._reach, calls)
         self.another_way = self._reach.another
         self.call, self.send, self.ready = calls.call, calls.send, calls.ready
         self.result, self.give_up = calls.result, calls.give_up
+        self.span, self.free = self._spans.span, self._spans.free
         self.paces, self.links, self.stats_of = calls.paces, calls.links, calls.stats_of
         self.meter = calls.meter
-
-    def span(
-        self,
-        node: NodeId,
-        address: tuple[str, int],
-        asked: SpanCall,
-        x: Rows,
-        errors: Errors = EXACT,
-    ) -> SpanReply:
-        """Send rows (n, H) of a request, which may err so much, through layers of a peer. Raises
-        PeerError."""
-        line = self._line(node, address)
-        line.numbers.add(asked.number)
-        connection, call_id = line.connection, next(self._ids) & 0xFFFFFFFF
-        link = link_of(connection.sock) if errors[0] > 0 else None
-        coded = encode_for(link, x, errors[0])
-        sent = Traffic.out(x, coded)
-        pieces = frames.pack_span(call_id, asked, x, coded, errors[1])
-        began_s, straight = time.monotonic(), line.via is None
-        row_layers = len(x) * (asked.stop - asked.first)
-        answer = asked.first, (asked.keep, x.shape[1])
-        until_s = time.monotonic() + self._send(node, connection, pieces, row_layers)
-        return SpanReply(
-            self, node, connection, call_id, answer, began_s, until_s, sent, straight, row_layers
-        )
-
-    def free(self, node: NodeId, number: int) -> None:
-        """Let the peer drop a request's caches; one that cannot be reached has none."""
-        line = self._spans.get(node)
-        if line is not None:
-            line.numbers.discard(number)
-            with contextlib.suppress(PeerError):
-                self._send(node, line.connection, frames.pack_free(number), 0)
 
     def probe(self, node: NodeId, address: tuple[str, int]) -> None:
         """Measure the round trip over a connection of its own. Any thread. Raises PeerError, which
         says no more than that there was nothing to measure."""
         connection = Connection(connect(address))
         try:
-            self._introduce(connection, node, address, self._introduction.to_json())
+            introduce(connection, node, address, self._hello, self._call_deadline_s)
             for number in range(PINGS):
                 started_s = time.monotonic()
                 connection.send(frames.pack_ping(number), self._call_deadline_s)
@@ -399,85 +295,7 @@ class PeerPool:
     def stats(self) -> dict[NodeId, PeerStats]:
         return dict(self._experts.stats)
 
-    def forget(self, node: NodeId, connection: Connection) -> None:
-        """After a failure: close this connection and those that nobody uses; the next call opens
-        another, and may go another way."""
-        self.stats_of(node).failures += 1
-        self._experts.hang_up(node)
-        if (line := self._spans.get(node)) is not None and line.connection is connection:
-            self._reach.failed(node, line.via)
-            del self._spans[node]
-        connection.close()
-
     def close(self) -> None:
         self._experts.close()
         self._reach.close()
-        for line in self._spans.values():
-            line.connection.close()
-        self._spans.clear()
-
-    def _line(self, node: NodeId, address: tuple[str, int]) -> _Line:
-        """The peer's connection for spans; one that goes through another device is exchanged for
-        a straight one when no request has caches behind it. Raises PeerError."""
-        line = self._spans.get(node)
-        if line is not None:
-            back = line.via is not None and not line.numbers and self._straight(node, address)
-            if line.address == address and not back:
-                return line
-            line.connection.close()
-            del self._spans[node]
-        return self._opened(node, address)
-
-    def _straight(self, node: NodeId, address: tuple[str, int]) -> bool:
-        if (attempt := self._reach.look(node, address)) is not None:
-            attempt.close()
-        return self._reach.straight(node)
-
-    def _send(
-        self,
-        node: NodeId,
-        connection: Connection,
-        pieces: list[bytes | memoryview],
-        row_layers: int,
-    ) -> float:
-        """Seconds until the answer must be there. Raises PeerError."""
-        left_s = self._call_deadline_s + self.paces.allowed_s(node, row_layers)
-        try:
-            connection.send(pieces, left_s)
-        except PeerError:
-            self.forget(node, connection)
-            raise
-        return left_s
-
-    def _opened(self, node: NodeId, address: tuple[str, int]) -> _Line:
-        through = self._reach.through(node)
-        via, where = through or (None, address)
-        hello = self._introduction.to_json() | ({"to": node} if through else {})
-        try:
-            connection = Connection(connect(where))
-        except PeerError:
-            self.stats_of(node).failures += 1
-            self._reach.failed(node, via)
-            raise
-        line = self._spans[node] = _Line(address, connection, via)
-        try:
-            self._introduce(connection, node, where, hello)
-        except PeerError:
-            self.forget(node, connection)
-            raise
-        return line
-
-    def _introduce(
-        self,
-        connection: Connection,
-        node: NodeId,
-        where: tuple[str, int],
-        hello: dict[str, Any],
-    ) -> None:
-        """Say who calls, and see that `node` answers. Raises PeerError."""
-        connection.send(frames.pack_text(Kind.HELLO, 0, hello), self._call_deadline_s)
-        header, payload = connection.receive(self._call_deadline_s, self._call_deadline_s)
-        if header.kind is Kind.ERROR:
-            raise PeerGone(str(frames.refusal(payload)))
-        if header.kind is not Kind.HELLO or frames.unpack_text(payload).get("node") != node:
-            raise PeerGone(f"another device answers at {where[0]}:{where[1]}")
+        self._spans.close()

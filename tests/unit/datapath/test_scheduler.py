@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from coeld.datapath.costs import ANSWER
-from coeld.datapath.request import Cancelled, LegLost, Request
+from coeld.datapath.request import PREFILL_CHUNK_TOKENS, Cancelled, LegLost, Request
 from coeld.datapath.sampling import Sampling
-from coeld.datapath.scheduler import LOSSES_MAX, PREFILL_CHUNK_TOKENS, Scheduler
+from coeld.datapath.scheduler import LOSSES_MAX, Scheduler
 from coeld.errors import NotCovered
 
 VOCAB = 16
@@ -18,6 +18,7 @@ class Journey:
     """Nothing of the one before is left."""
 
     behind = 1.0
+    stages = ()
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -56,13 +57,13 @@ class CountingDecoder:
         self.journeys: list[Journey] = []
         self.costs = Learned()
 
-    def depart(self, before: Journey | None = None) -> Journey:
+    def depart(self, before: Journey | None = None, ahead: None = None) -> Journey:
         if before is not None:
             before.free()
         self.journeys.append(Journey())
         return self.journeys[-1]
 
-    def aside(self, _journey: Journey) -> None:
+    def aside(self, _request: Request) -> None:
         return None
 
     def forward(self, journey, tokens, rows, request):

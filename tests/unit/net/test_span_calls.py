@@ -91,7 +91,8 @@ def test_spans_of_all_requests_go_over_one_connection(server, pool, hosts) -> No
 
 
 def test_spans_whose_rows_may_err_cross_a_slow_link_small(pool, hosts, monkeypatch) -> None:
-    monkeypatch.setattr("coeld.net.peers.link_of", lambda _sock: LinkSpeed(0.02, 1e6))
+    for module in ("peers", "span_calls"):
+        monkeypatch.setattr(f"coeld.net.{module}.link_of", lambda _sock: LinkSpeed(0.02, 1e6))
     x = np.random.default_rng(4).standard_normal((64, 96)).astype(np.float32)
     made = PeerServer("127.0.0.1", 0)
     made.serve(Introduction("s", "m", SERVER), 96, lambda *_asked: X, Host)

@@ -1,0 +1,166 @@
+"""Passes of a request's tokens along a journey, stage by stage. One thread each.
+
+A leg here is run at once; one elsewhere is a call to its device, which keeps the keys and values of
+its layers, and rows go there and come back: the residual stream. A pass that cannot be finished (a
+device does not answer, was restarted, serves that span no longer) ends in LegLost; what its stages
+have cached by then stays, and the rows that entered them are kept (coeld.datapath.journey).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import numpy as np
+
+from coeld.datapath.costs import layers_work, reach_work
+from coeld.datapath.dispatch import Dispatcher
+from coeld.datapath.frames import POSITION_MAX, SpanCall
+from coeld.datapath.journey import Journey, Stage
+from coeld.datapath.legs import run_leg
+from coeld.datapath.ports import Cache, Lane, Reply, Rows, Waiter
+from coeld.datapath.quality import Quality
+from coeld.datapath.request import LegLost
+from coeld.datapath.uses import Uses
+from coeld.datapath.ways import Way
+from coeld.errors import CacheLost, PeerError, PeerRefused
+from coeld.ids import NodeId
+from coeld.routes import Leg
+
+NEWS_S: Final = 0.05
+"""That the agent gets to name another way before the next attempt: a failed one takes a second."""
+NOTHING: Final[Rows] = np.zeros((0, 0), np.float32)
+
+
+class Errand(Waiter, Protocol):
+    """Whose tokens these are, and for how long they wait."""
+
+    def rows_of(self, reply: Reply, leg: Leg, rows: int) -> Rows:
+        """What a peer answers to `rows` rows. Raises PeerError, and LegLost when there is something
+        better to do than to wait."""
+        ...
+
+
+class Walker:
+    """See the module."""
+
+    def __init__(
+        self,
+        lane: Lane,
+        dispatcher: Dispatcher,
+        layers: int,
+        no_cache: Cache,
+        leave_out: Callable[[NodeId, bool], None],
+        uses: Uses | None,
+    ) -> None:
+        """`no_cache` is one without layers, for the head. `leave_out` is told of devices that
+        failed, and whether they only refused; `uses` counts the experts that are chosen."""
+        self.lane = lane
+        self._dispatcher, self._layers = dispatcher, layers
+        self._no_cache, self._leave_out, self._uses = no_cache, leave_out, uses
+
+    def forward(
+        self, journey: Journey, tokens: Sequence[int], rows: Sequence[int], errand: Errand
+    ) -> Rows:
+        """Append `tokens` to the caches; logits (len(rows), V) of the given rows, valid until the
+        next pass. None at all where the last stage is skipped: they were known before.
+
+        Raises NotCovered when a cut layer's experts stay without an owner, LegLost when the journey
+        cannot go on, and what the errand raises while it waits.
+        """
+        at, count = journey.length, len(tokens)
+        errand.quality.begin(count, self._layers, *self._places(journey.way, errand.quality))
+        x: Rows | None = None
+        for index, stage in enumerate(journey.stages):
+            if stage.length > at:
+                assert stage.length >= at + count, "see Journey.stop"
+                x = None
+                continue
+            if index == 0:
+                x = self.lane.embed(tokens)
+            elif x is None:
+                x = stage.kept.get(at, count)
+            elif at <= stage.kept.length < at + count:
+                stage.kept.put(x[stage.kept.length - at :])
+            x = self._run(journey, stage, x, rows, errand)
+            stage.length = at + count
+        journey.length = at + count
+        journey.progress = max(journey.progress, journey.length)
+        return NOTHING if x is None else x
+
+    def _run(
+        self, journey: Journey, stage: Stage, x: Rows, rows: Sequence[int], errand: Errand
+    ) -> Rows:
+        """One stage, and the head after the last."""
+        leg, count = stage.leg, len(x)
+        last = leg.stop == self._layers
+        if stage.cache is not None:
+            stage.cache.length = journey.length
+            out = self._here(stage.cache, x, leg, rows if last else (), errand)
+            stage.cache.length += count
+            return out
+        keep = count - min(rows) if last else count
+        out = self._elsewhere(journey, stage, x, keep, errand)
+        if not last:
+            return out
+        there = [row - count + keep for row in rows]
+        return self._here(self._no_cache, out, Leg(leg.node, leg.stop, leg.stop), there, errand)
+
+    def _here(self, cache: Cache, x: Rows, leg: Leg, rows: Sequence[int], errand: Errand) -> Rows:
+        lane, dispatcher = self.lane, self._dispatcher
+        try:
+            return run_leg(
+                lane, dispatcher, cache, x, leg.first, leg.stop, rows, errand, self._uses
+            )
+        except PeerRefused as exc:
+            raise LegLost(str(exc)) from exc
+
+    def _places(self, way: Way, quality: Quality) -> tuple[int, int]:
+        """Where rows of a pass may leave this device: cuts, and legs elsewhere. None of an exact
+        one are counted."""
+        if quality.kl_budget <= 0:
+            return 0, 0
+        mine = [leg for leg in way if leg.node == self._dispatcher.me]
+        cuts = sum(self._dispatcher.shared(range(leg.first, leg.stop)) for leg in mine)
+        return cuts, len(way) - len(mine)
+
+    def _elsewhere(
+        self, journey: Journey, stage: Stage, x: Rows, keep: int, errand: Errand
+    ) -> Rows:
+        leg, table = stage.leg, self._dispatcher.board.table
+        address = table.addresses.get(leg.node) if table is not None else None
+        if address is None:
+            journey.lose(leg.node)
+            raise LegLost(f"{leg.node} is not in the route table any more")
+        asked = SpanCall(stage.number, journey.length, leg.first, leg.stop, keep)
+        assert asked.position + len(x) <= POSITION_MAX
+        stage.asked = True
+        started_s = time.monotonic()
+        try:
+            errors, peers = errand.quality.hop_errors(), self._dispatcher.peers
+            reply = peers.span(leg.node, address, asked, x, errors, stage.line)
+            rows = errand.rows_of(reply, leg, len(x))
+        except PeerError as exc:
+            self._failed(journey, stage, exc)
+            raise LegLost(str(exc)) from exc
+        split, traffic = errand.split, reply.traffic
+        took_s, computed_s = time.monotonic() - started_s, reply.computed_us / 1e6
+        split.away(took_s, computed_s)
+        if len(x) == 1:
+            costs = self._dispatcher.costs
+            costs.note(layers_work(leg.stop - leg.first, leg.node), computed_s)
+            costs.note(reach_work(leg.node), took_s - computed_s)
+        split.sent_bytes += traffic.sent_bytes
+        split.received_bytes += traffic.received_bytes
+        errand.quality.count_hop(traffic, len(x), x.size + rows.size)
+        return rows
+
+    def _failed(self, journey: Journey, stage: Stage, error: PeerError) -> None:
+        node, refused, dispatcher = stage.leg.node, isinstance(error, PeerRefused), self._dispatcher
+        if not isinstance(error, CacheLost) and (refused or not dispatcher.peers.another_way(node)):
+            self._leave_out(node, refused)
+        stage.lost = True
+        if not refused:  # who refuses is alive
+            journey.lose(node)
+            version = dispatcher.board.version
+            dispatcher.on_failure(node, error)
+            dispatcher.board.wait(version, NEWS_S)
