@@ -254,10 +254,10 @@ class Swarm:
         600_000,
     )
     spans: bool = _key(
-        False,
+        True,
         "true: devices run consecutive whole layers for each other in one call where the market "
-        "finds that cheaper, and share layers where that is clearly faster still. For slow links; "
-        "experimental: after a failure an answer may pause longer. The same on all devices.",
+        "finds that cheaper, and share layers where that is clearly faster still. false: every "
+        "layer whose experts are elsewhere is a call by itself. The same on all devices.",
     )
 
     @property

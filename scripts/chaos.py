@@ -282,14 +282,14 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=30, help="of an answer")
     parser.add_argument("--keep", type=Path, help="a folder for logs that stays")
-    parser.add_argument("--spans", action="store_true", help="with swarm.spans = true")
+    parser.add_argument("--cuts", action="store_true", help="with swarm.spans = false")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"{reason}.", file=sys.stderr)
         return 2
     demo.ORGANISE_S_MAX = FORMING_S_MAX
-    if arguments.spans:
-        ALWAYS["swarm"] = "spans = true"
+    if arguments.cuts:
+        ALWAYS["swarm"] = "spans = false"
     seeds = range(arguments.seed, arguments.seed + arguments.schedules)
     with tempfile.TemporaryDirectory(prefix="coeld-chaos-") as temporary:
         folder = arguments.keep or Path(temporary)

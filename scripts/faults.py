@@ -55,14 +55,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/faults", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
     parser.add_argument("--keep", type=Path, help="a folder for logs that stays")
-    parser.add_argument("--spans", action="store_true", help="with swarm.spans = true")
+    parser.add_argument("--cuts", action="store_true", help="with swarm.spans = false")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"{reason}.", file=sys.stderr)
         return 2
     demo.ORGANISE_S_MAX = SETTLE_S_MAX
-    if arguments.spans:
-        ALWAYS["swarm"] = "spans = true"
+    if arguments.cuts:
+        ALWAYS["swarm"] = "spans = false"
     print("| fault | what is left | longest silence | whole again | text | afterwards |")
     print("|---|---|---|---|---|---|", flush=True)
     with scratch(arguments.keep) as folder:
