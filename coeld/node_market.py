@@ -122,8 +122,8 @@ class Market:
         return won(self._perception.me, self.leaders())
 
     def elsewhere(self) -> set[Lot]:
-        """Lots that a device other than this one serves beyond suspicion, and is here to stay: what
-        only those serve that leave, or soon run out of battery, is as urgent as what nobody does."""
+        """Lots that a device other than this one serves beyond suspicion and will go on to serve:
+        what is only at those that leave, or run out of battery, is as urgent as a hole."""
         records = self.records()
         going = {record.origin for record in records if record.sparing}
         return elsewhere(records, self._me, self._perception.suspects() | going)

@@ -1,5 +1,6 @@
 """`python -m coeld.engine`: started by the agent, never by hand."""
 
+import os
 import signal
 import socket
 import sys
@@ -7,6 +8,7 @@ import sys
 from coeld.engine.link import Link
 from coeld.engine.process import Engine
 from coeld.engine.protocol import EngineOptions
+from coeld.engine.sessions import sweep_files
 
 
 def main() -> int:
@@ -26,7 +28,9 @@ def main() -> int:
         )
         return 1
     engine.run()
-    return 0
+    sweep_files(own=True)
+    sys.stderr.flush()
+    os._exit(0)  # threads may be inside ONNX Runtime, which must not be taken apart around them
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
 from coeld.engine.protocol import EngineOptions, error_to_json
-from coeld.engine.sessions import give_memory_back, sweep_stale_files, use_threads
+from coeld.engine.sessions import give_memory_back, sweep_files, use_threads
 from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
 from coeld.engine.watch import Watch, Watched
@@ -78,7 +78,7 @@ class Engine:
     def run(self) -> None:
         """Serve the agent until it goes away or says quit."""
         use_threads(self._options.threads)
-        sweep_stale_files()
+        sweep_files()
         threads = [
             threading.Thread(target=_fatal(loop), name=name, daemon=True)
             for name, loop in (

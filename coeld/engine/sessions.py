@@ -73,11 +73,12 @@ def use_threads(count: int) -> None:
     ort.create_and_register_allocator(memory, ort.OrtArenaCfg(ARENA))
 
 
-def sweep_stale_files() -> None:
-    """Remove what an engine that was killed while loading left behind."""
+def sweep_files(*, own: bool = False) -> None:
+    """Remove what engines that were killed while loading left behind; or, as the last thing that
+    this one does, what its own loader is just making."""
     for path in _memory_dir().glob("coeld-weights-*"):
         pid = path.name.split("-")[2]
-        if not Path(f"/proc/{pid}").exists():
+        if pid == str(os.getpid()) if own else not Path(f"/proc/{pid}").exists():
             path.unlink(missing_ok=True)
 
 
