@@ -115,4 +115,4 @@ class CatchUp:
         ahead, length = self.journey, self._front.length
         stop = min(length, ahead.stop() or length)
         chunk = self._request.next_tokens(ahead.length, stop, self._exact)
-        self._walker.forward(ahead, chunk, [len(chunk) - 1], self)
+        self._walker.forward(ahead, chunk, (), self)

@@ -24,6 +24,7 @@ from coeld.datapath.catch_up import CatchUp
 from coeld.datapath.dispatch import Dispatcher
 from coeld.datapath.journey import Journey, Kept, Stage, beside, mended
 from coeld.datapath.pace import Pace
+from coeld.datapath.pipeline import wave, worthwhile
 from coeld.datapath.ports import Cache, Lane, Reply, Rows
 from coeld.datapath.request import LegLost, Request
 from coeld.datapath.uses import Uses
@@ -162,12 +163,20 @@ class Decoder:
         self, journey: Journey, tokens: Sequence[int], rows: Sequence[int], request: Request
     ) -> Rows:
         """Append `tokens` to the caches; logits (len(rows), V) of the given rows, valid until the
-        next pass. None at all where the last stage is skipped: they were known before.
+        next pass. None of use where no rows are named, nor where the last stage is skipped: they
+        were known before.
 
         Raises NotCovered when a cut layer's experts stay without an owner and Cancelled when the
         request was cancelled while waiting; LegLost when the journey is over.
         """
         return self._walker.forward(journey, tokens, rows, _Errand(self, journey, request))
+
+    def prefill(self, journey: Journey, request: Request) -> Rows | None:
+        """The next step of a prompt that goes through several devices at once; its logits (1, V)
+        after the last. None: it is to go its way chunk by chunk. Raises what `forward` does."""
+        if not worthwhile(journey, request):
+            return None
+        return wave(self._walker, journey, request, _Errand(self, journey, request))
 
     def leave_out(self, node: NodeId, refused: bool) -> None:
         """It has failed, or has only refused. Any thread."""

@@ -44,6 +44,11 @@ class Kept:
         self._room[at:length] = x
         self.length = length
 
+    def add(self, at: int, x: Rows) -> None:
+        """What is not known yet of rows that follow `at` tokens, if there is no gap before."""
+        if at <= self.length < at + len(x):
+            self.put(x[self.length - at :])
+
     def get(self, at: int, count: int) -> Rows:
         assert at + count <= self.length
         return self._room[at : at + count]
@@ -93,6 +98,11 @@ class Journey:
         self.routes: RouteTable | None = None
         """The last that were looked at for another way."""
         self.peers = peers
+
+    def advance(self) -> None:
+        """After stages have run."""
+        self.length = min(stage.length for stage in self.stages)
+        self.progress = max(self.progress, self.length)
 
     def stop(self) -> int | None:
         """Where the next pass has to end at the latest, for some stage has cached the tokens up to

@@ -111,9 +111,14 @@ class Scheduler:
         journey = request.journey
         if journey is None or request.astray:
             journey = self._depart(request)
-        chunk = request.next_tokens(journey.length, journey.stop(), request.exact)
-        logits = self._decoder.forward(journey, chunk, [len(chunk) - 1], request)
-        request.cached += len(chunk)
+        before = journey.length
+        logits = self._decoder.prefill(journey, request)
+        if logits is None:
+            chunk = request.next_tokens(before, journey.stop(), request.exact)
+            last = before + len(chunk) == len(request.tokens)  # of those that are known
+            rows = [len(chunk) - 1] if last else []
+            logits = self._decoder.forward(journey, chunk, rows, request)
+        request.cached, count = journey.length, journey.length - before
         now = time.monotonic()
         if not request.generated:
             request.prefill_s += now - started
@@ -124,12 +129,12 @@ class Scheduler:
             return None  # the prompt goes on, or what is replayed
         if request.generated:
             request.decode_s = now - request.decoding_since_s
-            self._learn(request, len(chunk), now)
+            self._learn(request, count, now)
         if request.lost_since_s is not None:
             request.stalls_s.append(now - request.lost_since_s)
             request.losses, request.lost_since_s = 0, None
         reason = self._emit(request, choose(logits[0], request.sampling, request.generator))
-        if reason is None and len(chunk) == 1:
+        if reason is None and count == 1:
             self._go_over(request, journey)
         return reason
 
@@ -146,7 +151,7 @@ class Scheduler:
             while not ahead.follow(journey):
                 stop = min(journey.length, ahead.stop() or journey.length)
                 chunk = request.next_tokens(ahead.length, stop, request.exact)
-                self._decoder.forward(ahead, chunk, [len(chunk) - 1], request)
+                self._decoder.forward(ahead, chunk, [], request)
         except (LegLost, NotCovered):
             ahead.free()
             return

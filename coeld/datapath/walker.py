@@ -21,7 +21,6 @@ from coeld.datapath.ports import Cache, Lane, Reply, Rows, Waiter
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import LegLost
 from coeld.datapath.uses import Uses
-from coeld.datapath.ways import Way
 from coeld.errors import CacheLost, PeerError, PeerRefused
 from coeld.ids import NodeId
 from coeld.routes import Leg
@@ -62,13 +61,14 @@ class Walker:
         self, journey: Journey, tokens: Sequence[int], rows: Sequence[int], errand: Errand
     ) -> Rows:
         """Append `tokens` to the caches; logits (len(rows), V) of the given rows, valid until the
-        next pass. None at all where the last stage is skipped: they were known before.
+        next pass. None of use where no rows are named, nor where the last stage is skipped: they
+        were known before.
 
         Raises NotCovered when a cut layer's experts stay without an owner, LegLost when the journey
         cannot go on, and what the errand raises while it waits.
         """
         at, count = journey.length, len(tokens)
-        errand.quality.begin(count, self._layers, *self._places(journey.way, errand.quality))
+        self.begin(journey, count, errand.quality)
         x: Rows | None = None
         for index, stage in enumerate(journey.stages):
             if stage.length > at:
@@ -79,33 +79,57 @@ class Walker:
                 x = self.lane.embed(tokens)
             elif x is None:
                 x = stage.kept.get(at, count)
-            elif at <= stage.kept.length < at + count:
-                stage.kept.put(x[stage.kept.length - at :])
-            x = self._run(journey, stage, x, rows, errand)
+            else:
+                stage.kept.add(at, x)
+            x = self._run(journey, stage, at, x, rows, errand)
             stage.length = at + count
-        journey.length = at + count
-        journey.progress = max(journey.progress, journey.length)
+        journey.advance()
         return NOTHING if x is None else x
 
+    def begin(self, journey: Journey, count: int, quality: Quality) -> None:
+        """Tell how many tokens a pass has, and how often rows may leave this device: at cuts, and
+        for legs elsewhere. None of an exact one are counted."""
+        cuts = hops = 0
+        if quality.kl_budget > 0:
+            mine = [leg for leg in journey.way if leg.node == self._dispatcher.me]
+            cuts = sum(self._dispatcher.shared(range(leg.first, leg.stop)) for leg in mine)
+            hops = len(journey.way) - len(mine)
+        quality.begin(count, self._layers, cuts, hops)
+
     def _run(
-        self, journey: Journey, stage: Stage, x: Rows, rows: Sequence[int], errand: Errand
+        self, journey: Journey, stage: Stage, at: int, x: Rows, rows: Sequence[int], errand: Errand
     ) -> Rows:
         """One stage, and the head after the last."""
-        leg, count = stage.leg, len(x)
-        last = leg.stop == self._layers
         if stage.cache is not None:
-            stage.cache.length = journey.length
-            out = self._here(stage.cache, x, leg, rows if last else (), errand)
-            stage.cache.length += count
-            return out
-        keep = count - min(rows) if last else count
-        out = self._elsewhere(journey, stage, x, keep, errand)
-        if not last:
-            return out
-        there = [row - count + keep for row in rows]
-        return self._here(self._no_cache, out, Leg(leg.node, leg.stop, leg.stop), there, errand)
+            return self.here(stage, at, x, rows, errand)
+        last = stage.leg.stop == self._layers
+        keep = self.keep(stage, len(x), rows)
+        out = self.elsewhere(journey, stage, at, x, keep, errand)
+        return self.head(out, len(x), rows, errand) if last and rows else out
 
-    def _here(self, cache: Cache, x: Rows, leg: Leg, rows: Sequence[int], errand: Errand) -> Rows:
+    def keep(self, stage: Stage, count: int, rows: Sequence[int]) -> int:
+        """How many of the last of `count` rows have to come out of a stage."""
+        return count - min(rows, default=count - 1) if stage.leg.stop == self._layers else count
+
+    def here(self, stage: Stage, at: int, x: Rows, rows: Sequence[int], errand: Errand) -> Rows:
+        """A stage of this device, on rows x (n, H) that follow `at` tokens: the residual stream,
+        or logits after the last layer."""
+        leg, cache = stage.leg, stage.cache
+        assert cache is not None
+        wanted = rows or (len(x) - 1,)  # the last graph has the head in it
+        cache.length = at
+        out = self._leg(cache, x, leg, wanted if leg.stop == self._layers else (), errand)
+        cache.length += len(x)
+        return out
+
+    def head(self, out: Rows, count: int, rows: Sequence[int], errand: Errand) -> Rows:
+        """The logits (len(rows), V) of a pass of `count` rows whose last ones, `out` (n, H), have
+        come out of the last layer elsewhere."""
+        there = [row - count + len(out) for row in rows]
+        end = Leg(self._dispatcher.me, self._layers, self._layers)
+        return self._leg(self._no_cache, out, end, there, errand)
+
+    def _leg(self, cache: Cache, x: Rows, leg: Leg, rows: Sequence[int], errand: Errand) -> Rows:
         lane, dispatcher = self.lane, self._dispatcher
         try:
             return run_leg(
@@ -114,24 +138,17 @@ class Walker:
         except PeerRefused as exc:
             raise LegLost(str(exc)) from exc
 
-    def _places(self, way: Way, quality: Quality) -> tuple[int, int]:
-        """Where rows of a pass may leave this device: cuts, and legs elsewhere. None of an exact
-        one are counted."""
-        if quality.kl_budget <= 0:
-            return 0, 0
-        mine = [leg for leg in way if leg.node == self._dispatcher.me]
-        cuts = sum(self._dispatcher.shared(range(leg.first, leg.stop)) for leg in mine)
-        return cuts, len(way) - len(mine)
-
-    def _elsewhere(
-        self, journey: Journey, stage: Stage, x: Rows, keep: int, errand: Errand
+    def elsewhere(
+        self, journey: Journey, stage: Stage, at: int, x: Rows, keep: int, errand: Errand
     ) -> Rows:
+        """A stage of another device, on rows x (n, H) that follow `at` tokens: the residual stream
+        (keep, H). Raises LegLost. Any thread, but each line only one at a time."""
         leg, table = stage.leg, self._dispatcher.board.table
         address = table.addresses.get(leg.node) if table is not None else None
         if address is None:
             journey.lose(leg.node)
             raise LegLost(f"{leg.node} is not in the route table any more")
-        asked = SpanCall(stage.number, journey.length, leg.first, leg.stop, keep)
+        asked = SpanCall(stage.number, at, leg.first, leg.stop, keep)
         assert asked.position + len(x) <= POSITION_MAX
         stage.asked = True
         started_s = time.monotonic()

@@ -66,6 +66,9 @@ class CountingDecoder:
     def aside(self, _request: Request) -> None:
         return None
 
+    def prefill(self, _journey: Journey, _request: Request) -> None:
+        return None
+
     def forward(self, journey, tokens, rows, request):
         assert not journey.freed
         if self.lost_after and len(self.passes) == self.lost_after[0]:
