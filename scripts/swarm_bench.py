@@ -41,7 +41,7 @@ from tests.harness.engine import Engine
 from tests.harness.lab_swarm import LabDevice, swarm_in_lab
 from tests.netlab import PROFILES, Lab
 
-PROMPT_TOKENS, GEN_TOKENS, CONTEXT_TOKENS = 128, 64, 512
+GEN_TOKENS, CONTEXT_TOKENS = 64, 2048
 QUIET_S = 5.0
 """Without news of routes: the swarm has organised itself."""
 LOOK_S = 0.5
@@ -149,10 +149,10 @@ def ask(engine: Engine, ident: str, text: str, tokens: int) -> dict:
     return done
 
 
-def measure(engine: Engine, runs: Runs, repeats: int) -> None:
-    text = WORDS * 20
+def measure(engine: Engine, runs: Runs, repeats: int, prompt: int) -> None:
+    text = WORDS * (prompt // 16)
     count = ask(engine, "length", text, 1)["prompt_tokens"]
-    text = text[: len(text) * PROMPT_TOKENS // count]
+    text = (text * 2)[: len(text) * prompt // count]
     for repeat in range(repeats + 1):
         done = ask(engine, f"r{repeat}", text, GEN_TOKENS)
         if repeat == 0:
@@ -175,24 +175,29 @@ def note_split(runs: Runs, done: dict) -> None:
 
 
 def run_market(
-    store: Store, manifest: Manifest, profile: str, count: int, cpu: float, runs: Runs, repeats: int
+    store: Store,
+    manifest: Manifest,
+    profile: str,
+    count: int,
+    arguments: argparse.Namespace,
+    runs: Runs,
 ) -> None:
     """Daemons that organise themselves; the first one is asked."""
     demand = manifest.demand()
     share = min(demand.layers, demand.layers // count + 1) * demand.experts * demand.lot_bytes
     budget_mb = math.ceil((demand.trunk_bytes + share) / 1e6)
-    spans = "spans = true"
     sizes, context = [budget_mb] * count, f"context_tokens = {CONTEXT_TOKENS}"
     with (
         tempfile.TemporaryDirectory() as folder,
         swarm_in_lab(
-            Path(folder), sizes, profile, manifest.name, cpu=cpu, swarm=spans, engine=context
+            Path(folder), sizes, profile, manifest.name, cpu=arguments.cpu, engine=context
         ) as devices,
     ):
         wait_quiet(devices)
-        text = WORDS * 20
-        text = text[: len(text) * PROMPT_TOKENS // complete(devices[0], text, 1)["prompt_tokens"]]
-        for repeat in range(repeats + 1):
+        text = WORDS * (arguments.prompt // 16)
+        tokens = complete(devices[0], text, 1)["prompt_tokens"]
+        text = (text * 2)[: len(text) * arguments.prompt // tokens]
+        for repeat in range(arguments.repeats + 1):
             usage = complete(devices[0], text, GEN_TOKENS)
             if repeat == 0:
                 wait_quiet(devices)  # links have been measured now: routes may follow
@@ -231,7 +236,7 @@ def wait_quiet(devices: list[LabDevice]) -> None:
         time.sleep(LOOK_S)
 
 
-def run_llama(lab: Lab, program: Path, gguf: Path, runs: Runs) -> None:
+def run_llama(lab: Lab, program: Path, arguments: argparse.Namespace, runs: Runs) -> None:
     """llama-bench on the first device, rpc servers on all."""
     folder = program.parent
     server = next(p for name in ("rpc-server", "ggml-rpc-server") if (p := folder / name).exists())
@@ -242,8 +247,8 @@ def run_llama(lab: Lab, program: Path, gguf: Path, runs: Runs) -> None:
     ]  # fmt: skip
     time.sleep(1)
     where = ",".join(f"{ip}:{RPC_PORT}" for ip in lab.addresses.values())
-    command = [program, "-m", gguf, "-t", "1", "-p", PROMPT_TOKENS, "-n", GEN_TOKENS, "-r", "2"]
-    command += ["-ngl", "99", "--rpc", where, "-o", "json"]
+    command = [program, "-m", arguments.gguf, "-t", "1", "-p", arguments.prompt]
+    command += ["-n", GEN_TOKENS, "-r", "2", "-ngl", "99", "--rpc", where, "-o", "json"]
     name = next(iter(lab.addresses))
     process = lab.start(name, command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     out, _ = process.communicate()
@@ -266,6 +271,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", default="1,2,3")
     parser.add_argument("--profiles", default="lan,wifi")
     parser.add_argument("--modes", default="cuts,spans")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens; at least 16")
     parser.add_argument("--cpu", type=float, default=0, help="cores per device (0 = no limit)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2, help="answers per round")
@@ -309,17 +315,17 @@ def run(
 ) -> None:
     """One setting, once."""
     if mode == "market":
-        run_market(store, manifest, profile, count, arguments.cpu, runs, arguments.repeats)
+        run_market(store, manifest, profile, count, arguments, runs)
         return
     names = [f"d{n}" for n in range(1, count + 1)]
     with Lab(names, PROFILES[profile]) as lab:
         for name in names:
             lab.limit(name, arguments.cpu)
         if mode == "llama":
-            run_llama(lab, Path(os.environ["LLAMA_BENCH"]), arguments.gguf, runs)
+            run_llama(lab, Path(os.environ["LLAMA_BENCH"]), arguments, runs)
             return
         with engines(lab, store, manifest, mode) as engine:
-            measure(engine, runs, arguments.repeats)
+            measure(engine, runs, arguments.repeats, arguments.prompt)
 
 
 def main() -> None:

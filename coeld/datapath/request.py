@@ -15,8 +15,9 @@ from coeld.errors import CoeldError
 if TYPE_CHECKING:
     from coeld.datapath.catch_up import CatchUp
 
-PREFILL_CHUNK_TOKENS: Final = 256
-"""Larger chunks prefill a little faster and make the others wait longer."""
+PREFILL_CHUNK_TOKENS: Final = 128
+"""Larger chunks prefill no faster (docs/log.md), make others wait longer, and a prompt of one chunk
+is at one device at a time."""
 FinishReason = Literal["stop", "length"]
 
 

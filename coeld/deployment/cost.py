@@ -53,8 +53,8 @@ ROW_VALUE_BYTES: Final = 4
 """Rows travel as float32."""
 ROW_SPEED: Final = 8
 """Rows that one reading of a weight has time to compute, where nobody has measured it."""
-CHUNK_ROWS: Final = 256
-"""Rows of a prompt that go through a layer together (scheduler.PREFILL_CHUNK_TOKENS)."""
+CHUNK_ROWS: Final = 128
+"""Rows of a prompt that go through a layer together (request.PREFILL_CHUNK_TOKENS)."""
 
 
 class Tier(NamedTuple):
