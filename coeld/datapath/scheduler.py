@@ -65,7 +65,11 @@ class Scheduler:
                 request.listener.done(request, reason)
 
     def fail_all(self, error: CoeldError) -> None:
+        """Afterwards no thread of theirs is left."""
         for request in list(self.active):
+            catching, request.catching = request.catching, None
+            if catching is not None and (ahead := catching.close()) is not None:
+                ahead.free()
             self._retire(request)
             request.listener.failed(request, error)
 

@@ -11,7 +11,7 @@ import pytest
 
 from coeld.compression.transfer import LinkSpeed
 from coeld.datapath.quality import Quality
-from coeld.datapath.request import Request
+from coeld.datapath.request import PREFILL_CHUNK_TOKENS, Request
 from coeld.engine.measure import ME, NoPeers, Silent, logits_of, perplexity
 from coeld.engine.open_model import OpenModel
 from coeld.errors import BadRequest
@@ -154,7 +154,8 @@ def test_a_chain_of_three_devices_says_what_one_device_says(real_store, spans) -
             for node, engine in three.items():
                 fused = engine.stats_when(lambda stats: "20 cuts" in stats["steps"], 30)["steps"]
                 assert "20 cuts" in fused, (node, fused)
-        for index, prompt in enumerate(PROMPTS[:2]):
+        long = TEXT[:700]  # two chunks, at two devices at a time
+        for index, prompt in enumerate((PROMPTS[0], long)):
             asked = {"prompt": prompt, "max_tokens": 32}
             one, _done = alone[NODES[0]].answer(f"one {index}", **asked)
             first = three[NODES[0]]
@@ -165,6 +166,7 @@ def test_a_chain_of_three_devices_says_what_one_device_says(real_store, spans) -
                 if index == 1 and len(words) == 12:
                     three[NODES[1]].process.kill()
             assert (message["ev"], "".join(words)) == ("done", one), prompt
+            assert (message["prompt_tokens"] > PREFILL_CHUNK_TOKENS) == (prompt is long)
             if index == 0:
                 first.say("stats")
                 calls = {n: peer["calls"] for n, peer in first.hear("stats")["peers"].items()}

@@ -13,7 +13,7 @@ from coeld.sim import checkers
 from coeld.sim.device import Device, Spec
 from coeld.sim.world import MODEL, World
 from coeld.view import Resources
-from tests.sim.test_updates import measure_links
+from tests.harness.simulated import measure_links
 
 SMALL = replace(MODEL, layers=12)
 

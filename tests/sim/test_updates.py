@@ -22,6 +22,7 @@ from coeld.sim.device import Device, Spec
 from coeld.sim.world import MODEL, World
 from coeld.update.worth import HORIZON_S, MOVE_MB_PER_S
 from coeld.view import ModelDemand, Resources
+from tests.harness.simulated import measure_links
 
 SMALL = replace(MODEL, layers=12)
 
@@ -254,18 +255,6 @@ def test_a_calibrated_model_is_placed_by_what_its_text_used_before_anybody_asks(
     assert node is not None
     assert node.perception.me.asked.rates.tokens > 0
     assert node.perception.me.asked.popularity == (), "everybody takes that for granted"
-
-
-def measure_links(world: World, far: Device | None, far_us: int, rng: Random | None = None) -> None:
-    """Every device measures its links, those of `far` as so long, ±10 % with `rng`."""
-    for device in world.up():
-        links = []
-        for other in sorted(world.up(), key=lambda other: other.id):
-            if other is not device:
-                us = far_us if far in (device, other) else 300
-                us = int(us * rng.uniform(0.9, 1.1)) if rng else us
-                links.append(MeasuredLink(other.id, us, 3 * us, 110))
-        world.feed(device, LinksMeasured(tuple(links)))
 
 
 @pytest.mark.parametrize("spans", [True, False])
