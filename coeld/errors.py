@@ -149,6 +149,11 @@ class PeerSlow(PeerError):
     """No answer before the deadline."""
 
 
+class PeerOwes(PeerSlow):
+    """The peer owes too many answers to be called now. That is no failure: each of these has its
+    own deadline."""
+
+
 class PeerRefused(PeerError):
     """The peer answered with an error."""
 

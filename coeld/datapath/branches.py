@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from coeld.datapath.choice import Seconds, choose
 from coeld.datapath.ports import Call, Gates, PeerLink, Rows
 from coeld.datapath.quality import EXACT, Errors
-from coeld.errors import PeerError
+from coeld.errors import PeerError, PeerOwes
 from coeld.ids import NodeId
 
 NEVER: Final = float("inf")
@@ -56,15 +56,17 @@ class Branches:
     seconds: Seconds = field(default_factory=Seconds)
 
     def begin(self, layer: int, branch: Branch, addresses: Addresses) -> None:
-        """Ask the best owner, and another along with it if it is time to hear how quick it is."""
+        """Ask the best owner that can be asked, and another along with it if it is time to hear how
+        quick it is."""
         now_s = time.monotonic()
         choice = choose(branch.nodes, len(branch.x), self.peers.paces, now_s)
         branch.nodes = choice.nodes
         branch.late_at_s, branch.again_s = now_s + choice.late_s, choice.again_s
         self.seconds.first()
-        self._ask(layer, branch, choice.nodes[0], addresses)
-        if choice.along:
-            self._ask(layer, branch, choice.nodes[1], addresses)
+        for node in choice.nodes:
+            self._ask(layer, branch, node, addresses)
+            if len(branch.calls) == 1 + choice.along:
+                break
 
     def send(self, branches: list[Branch]) -> None:
         """Before this thread computes: see that the rows are on their way."""
@@ -122,5 +124,7 @@ class Branches:
                 node, addresses[node], layer, branch.experts, branch.x, branch.gates, branch.errors
             )
             branch.calls.append((node, call))
+        except PeerOwes:
+            pass  # another may be asked instead
         except PeerError as exc:
             self.on_failure(node, exc)

@@ -22,7 +22,7 @@ from coeld.datapath import frames
 from coeld.datapath.links import LinkMeter
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Errors, Traffic
-from coeld.errors import PeerError, PeerSlow
+from coeld.errors import PeerError, PeerOwes, PeerSlow
 from coeld.ids import NodeId
 from coeld.net.exchange import Exchange, ExpertCall, Rows, link_of
 from coeld.net.reach import Reach
@@ -94,13 +94,14 @@ class ExpertCalls:
         gates: Rows | None,
         errors: Errors = EXACT,
     ) -> ExpertCall:
-        """Begin to send rows (n, H) that may err so much. Never waits. Raises PeerError."""
+        """Begin to send rows (n, H) that may err so much. Never waits. Raises PeerError; PeerOwes
+        if nothing is wrong but that earlier calls have not been answered yet."""
         if self._owing:
             self._sweep()
         call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
         owed_max = OWED_LOSSY_MAX if self.paces.losses.lossy((node,), now_s) else OWED_MAX
         if sum(exchange.node == node for exchange in self._owing) >= owed_max:
-            raise PeerSlow(f"{owed_max} answers are owed")
+            raise PeerOwes(f"{owed_max} answers are owed")
         exchange = self._taken(node, address, now_s) or self._opened(node, address)
         if exchange.via is not None and (straight := self._reach.look(node, address)) is not None:
             exchange.close()

@@ -12,7 +12,7 @@ from coeld.datapath.dispatch import Dispatcher, RouteBoard, Stall
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Quality, Traffic
 from coeld.datapath.request import Cancelled, Request
-from coeld.errors import NotCovered, PeerGone, PeerRefused, PeerSlow
+from coeld.errors import NotCovered, PeerGone, PeerOwes, PeerRefused, PeerSlow
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.routes import RouteTable
 
@@ -86,7 +86,7 @@ class Peers:
         self.rows += len(x)
         self.asked.append((node, tuple(sorted(experts))))
         fault = self.faults[node].pop(0) if self.faults.get(node) else None
-        if isinstance(fault, PeerGone):
+        if isinstance(fault, PeerGone | PeerOwes):
             raise fault
         if fault is None and not set(experts) <= self.owners[node]:
             fault = PeerRefused("not here")
@@ -219,6 +219,21 @@ def test_a_replica_is_asked_at_once_when_the_owner_fails() -> None:
     made = dispatcher(Runner(set()), peers, routes(owners), patience_s=0.0)
     assert np.allclose(made.run(0, X, None, request()), WHOLE)
     assert [node for node, _ in peers.asked] == [NODES[0], NODES[1]]
+
+
+def test_an_owner_that_owes_answers_is_passed_over_and_nobody_is_told() -> None:
+    first, second, third = NODES[:3]
+    peers = Peers({node: set(range(EXPERTS)) for node in (first, second, third)})
+    made = dispatcher(Runner(set()), peers, routes(peers.owners))
+    made.on_failure = lambda node, exc: pytest.fail(f"{node} has not failed: {exc}")
+    peers.faults = {first: [PeerOwes("12")] * 2, second: [PeerOwes("12")]}
+    assert np.array_equal(made.run(0, X, None, request()), WHOLE)
+    assert [node for node, _experts in peers.asked] == [first, second, third]
+    peers.faults = {node: [PeerOwes("12")] for node in (first, second, third)}
+    asked = request()
+    assert np.array_equal(made.run(0, X, None, asked), WHOLE), "once one of them has answered"
+    assert made.failures == 0
+    assert len(asked.stalls_s) == 1
 
 
 def measured(peers: Peers, rows: int = len(X)) -> None:
