@@ -12,9 +12,9 @@ from coeld.routes import Leg, RouteTable
 ME, B, C, GONE = (NodeId(letter * 16) for letter in "abcd")
 
 
-def table(*legs: Leg) -> RouteTable:
+def table(*legs: Leg, spans: tuple[Leg, ...] = ()) -> RouteTable:
     addresses = dict.fromkeys((ME, B, C), ("127.0.0.1", 1))
-    return RouteTable(ModelHash("m"), 1, {}, addresses, legs=legs)
+    return RouteTable(ModelHash("m"), 1, {}, addresses, legs=legs, spans=spans)
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -55,6 +55,18 @@ def test_each_layer_runs_where_the_table_says_unless_that_device_cannot_be_asked
 )
 def test_a_table_whose_legs_do_not_join_means_that_all_layers_run_here(legs) -> None:
     assert way_of(table(*legs), ME, 6, ()) == (Leg(ME, 0, 6),)
+
+
+def test_where_a_leg_cannot_be_asked_another_that_serves_the_same_span_is() -> None:
+    legs = Leg(ME, 0, 2), Leg(B, 2, 4), Leg(ME, 4, 6)
+    for spans, node in (
+        ((Leg(B, 2, 4), Leg(C, 2, 4)), C),
+        ((Leg(B, 2, 4), Leg(C, 2, 5)), ME),
+        ((Leg(B, 2, 4), Leg(GONE, 2, 4)), ME),
+    ):
+        way = way_of(table(*legs, spans=spans), ME, 6, {B})
+        assert [leg.node for leg in way for _ in range(leg.first, leg.stop)][2:4] == [node] * 2
+        assert way_of(table(*legs, spans=spans), ME, 6, ()) == legs
 
 
 def test_without_a_table_all_layers_run_here() -> None:
