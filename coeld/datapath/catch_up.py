@@ -89,8 +89,7 @@ class CatchUp:
         if self._stopped.is_set():
             raise LegLost("the other way is not wanted any more")
 
-    def rows_of(self, reply: Reply, leg: Leg, rows: int) -> Rows:
-        del leg, rows
+    def rows_of(self, reply: Reply, _leg: Leg, _rows: int) -> Rows:
         return reply.result()
 
     def _run(self) -> None:

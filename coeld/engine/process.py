@@ -47,6 +47,8 @@ Turns that were slow anyway are followed by the next one."""
 YIELD_S_MAX: Final = 0.05
 TURN_SMOOTHING: Final = 0.1
 """Weight of the latest turn."""
+END_S: Final = 0.5
+"""For all threads to end what they do; the agent is harsh after twice that."""
 SETTLE_S: Final = 0.02
 """Between two looks whether the last part on a former plan has ended."""
 
@@ -103,8 +105,9 @@ class Engine:
         self._loader_jobs.put(None)
         self._watch.stop()
         self._server.close()
+        until_s = time.monotonic() + END_S
         for thread in threads:
-            thread.join(0.5)
+            thread.join(max(0.0, until_s - time.monotonic()))
         self._link.close()
 
     def _obey(self, message: dict[str, Any]) -> None:
