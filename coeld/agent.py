@@ -269,10 +269,13 @@ class Agent:
             await asyncio.sleep(GOODBYE_S)
             if not self._node.still_needed():
                 break
-        for _ in range(round(PARTING_S_MAX / GOODBYE_S)):
-            if not (await self._engine.stats()).get("guest_kv_bytes"):
-                return
-            await asyncio.sleep(GOODBYE_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PARTING_S_MAX):
+                while True:
+                    stats = await self._engine.stats()
+                    if not stats.get("guest_kv_bytes"):
+                        return
+                    await asyncio.sleep(GOODBYE_S)
 
     async def _say_goodbye(self) -> None:
         notify("STOPPING=1")

@@ -14,30 +14,26 @@ import threading
 from typing import Final
 
 from coeld.datapath.journey import Journey
-from coeld.datapath.ports import Reply, Rows
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import Cancelled, LegLost, Request
-from coeld.datapath.split import Split
-from coeld.datapath.walker import Walker
+from coeld.datapath.walker import Apart, Walker
 from coeld.errors import NotCovered
 from coeld.ids import NodeId
-from coeld.routes import Leg
 
 NEAR_TOKENS: Final = 2
 """How far behind a catch-up ends: less is seldom reached while tokens go on."""
 
 
 class CatchUp:
-    """See the module. Everything but `_run` is for the decoder's thread."""
+    """See the module. What is public is for the decoder's thread."""
 
     def __init__(
-        self, walker: Walker, request: Request, ahead: Journey, around: NodeId | None = None
+        self, walker: Walker, request: Request, ahead: Journey, around: NodeId | None
     ) -> None:
         """`ahead` is beside the request's journey. `around` is who is late, if anybody is."""
         assert request.journey is not None
         self.journey, self.around = ahead, around
-        self.stalls_s: list[float] = []
-        self.split, self.quality = Split(), Quality(request.quality.kl_budget)
+        self._errand = Apart(self._check, Quality(request.quality.kl_budget))
         self._walker, self._request, self._front = walker, request, request.journey
         self._exact = request.sampling.temperature <= 0
         self._stopped = threading.Event()
@@ -67,7 +63,7 @@ class CatchUp:
         and holds nothing any more."""
         self._stopped.set()
         self._thread.join()
-        self._request.quality.also(self.quality)
+        self._request.quality.also(self._errand.quality)
         if self._failed:
             self.journey.free()
             return None
@@ -83,14 +79,11 @@ class CatchUp:
         if ended:
             self.journey.free()
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """While its passes wait for experts: nobody else waits for these."""
         self._request.check()
         if self._stopped.is_set():
             raise LegLost("the other way is not wanted any more")
-
-    def rows_of(self, reply: Reply, _leg: Leg, _rows: int) -> Rows:
-        return reply.result()
 
     def _run(self) -> None:
         try:
@@ -114,4 +107,4 @@ class CatchUp:
         ahead, length = self.journey, self._front.length
         stop = min(length, ahead.stop() or length)
         chunk = self._request.next_tokens(ahead.length, stop, self._exact)
-        self._walker.forward(ahead, chunk, (), self)
+        self._walker.forward(ahead, chunk, (), self._errand)

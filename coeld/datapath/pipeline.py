@@ -10,15 +10,14 @@ bits.
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from coeld.datapath.journey import Journey, Stage
-from coeld.datapath.ports import Reply, Rows
+from coeld.datapath.ports import Rows
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import PREFILL_CHUNK_TOKENS, LegLost, Request
-from coeld.datapath.split import Split
-from coeld.datapath.walker import NOTHING, Errand, Walker
-from coeld.routes import Leg
+from coeld.datapath.walker import NOTHING, Apart, Errand, Walker
+from coeld.ids import NodeId
 
 
 @dataclass(slots=True)
@@ -33,22 +32,6 @@ class Job:
     """Whose logits are wanted, of the last stage."""
     out: Rows | None = None
     lost: LegLost | None = None
-
-
-@dataclass(slots=True)
-class Apart:
-    """An errand's calls over one line, counted apart while others go on beside them."""
-
-    errand: Errand
-    quality: Quality
-    split: Split = field(default_factory=Split)
-    stalls_s: list[float] = field(default_factory=list)
-
-    def check(self) -> None:
-        self.errand.check()
-
-    def rows_of(self, reply: Reply, _leg: Leg, _rows: int) -> Rows:
-        return reply.result()
 
 
 def worthwhile(journey: Journey, request: Request) -> bool:
@@ -70,7 +53,7 @@ def wave(walker: Walker, journey: Journey, request: Request, errand: Errand) -> 
     """
     jobs = _jobs(walker, journey, request)
     mine = [job for job in jobs if job.stage.cache is not None]
-    lines: dict[tuple[str, int], list[Job]] = {}
+    lines: dict[tuple[NodeId, int], list[Job]] = {}
     for job in jobs:
         if job.stage.cache is None:
             lines.setdefault((job.stage.leg.node, job.stage.line), []).append(job)
@@ -79,7 +62,7 @@ def wave(walker: Walker, journey: Journey, request: Request, errand: Errand) -> 
     parts, threads = [], []
     started_s = time.monotonic()
     for line in lines.values():
-        part = Apart(errand, Quality(errand.quality.kl_budget))
+        part = Apart(errand.check, Quality(errand.quality.kl_budget))
         walker.begin(journey, 0, part.quality)
         thread = threading.Thread(
             target=_elsewhere, args=(walker, journey, line, part), name="wave", daemon=True

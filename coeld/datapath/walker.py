@@ -8,6 +8,7 @@ have cached by then stays, and the rows that entered them are kept (coeld.datapa
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from coeld.datapath.legs import run_leg
 from coeld.datapath.ports import Cache, Lane, Reply, Rows, Waiter
 from coeld.datapath.quality import Quality
 from coeld.datapath.request import LegLost
+from coeld.datapath.split import Split
 from coeld.datapath.uses import Uses
 from coeld.errors import CacheLost, PeerError, PeerRefused
 from coeld.ids import NodeId
@@ -37,6 +39,19 @@ class Errand(Waiter, Protocol):
         """What a peer answers to `rows` rows. Raises PeerError, and LegLost when there is something
         better to do than to wait."""
         ...
+
+
+@dataclass(slots=True)
+class Apart:
+    """An errand that runs beside others of its request, and is counted apart."""
+
+    check: Callable[[], None]
+    quality: Quality
+    split: Split = field(default_factory=Split)
+    stalls_s: list[float] = field(default_factory=list)
+
+    def rows_of(self, reply: Reply, _leg: Leg, _rows: int) -> Rows:
+        return reply.result()
 
 
 class Walker:

@@ -2,8 +2,9 @@
 
 Four kinds of threads: the main one reads the agent's orders; the *decoder* owns the trunk and
 every request; the *loader* reads experts from disk while answers stream; one per peer connection
-runs experts for that peer. A bug in any of them ends the process: the agent restarts it, and a
-half-working engine is worse than none.
+runs experts for that peer. The decoder starts others for a while: for a way that catches up beside
+an answer, and for calls of a prompt that is at several devices at once. A bug in one of the first
+three ends the process: the agent restarts it, and a half-working engine is worse than none.
 """
 
 import gc

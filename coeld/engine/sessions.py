@@ -74,11 +74,12 @@ def use_threads(count: int) -> None:
 
 
 def sweep_files(*, own: bool = False) -> None:
-    """Remove what engines that were killed while loading left behind; or, as the last thing that
-    this one does, what its own loader is just making."""
+    """Remove what engines that were killed while loading left behind; with `own`, as the last
+    thing that this one does, also what its own loader is just making."""
     for path in _memory_dir().glob("coeld-weights-*"):
         pid = path.name.split("-")[2]
-        if pid == str(os.getpid()) if own else not Path(f"/proc/{pid}").exists():
+        stale = not Path(f"/proc/{pid}").exists()
+        if stale or (own and pid == str(os.getpid())):
             path.unlink(missing_ok=True)
 
 
