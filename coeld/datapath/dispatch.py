@@ -239,11 +239,14 @@ class Dispatcher:
             computed_us = max(b.answer.computed_us for b in branches if b.answer is not None)
             split.away(took_s, computed_us / 1e6 - here_s)
         if len(x) == 1:
-            self._note(len(shares.here), here_s, branches)
+            self._note(len(shares.here & chosen), here_s, branches)
         return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0].copy())
 
     def _note(self, lots: int, here_s: float, branches: list[Branch]) -> None:
-        """What one row cost at each owner, and to reach it where that could be seen."""
+        """What one row cost at each owner, and to reach it where that could be seen.
+
+        `lots`: those here that the row chose; a layer that is all here is run by one graph, which
+        skips the others."""
         if lots:
             self.costs.note(lots_work(lots), here_s)
         for branch in branches:

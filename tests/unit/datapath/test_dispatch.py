@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from coeld.compression.transfer import SENSITIVITY_FIRST
+from coeld.datapath.costs import Costs, Work, lots_work
 from coeld.datapath.dispatch import Dispatcher, RouteBoard, Stall
 from coeld.datapath.pace import Paces
 from coeld.datapath.quality import EXACT, Quality, Traffic
@@ -109,6 +110,15 @@ class Peers:
         call.given_up = call.outcome is None
 
 
+class Noted(Costs):
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Work] = []
+
+    def note(self, work: Work, took_s: float) -> None:
+        self.works.append(work)
+
+
 class Quiet:
     def token(self, token): ...
     def done(self, request, reason): ...
@@ -192,6 +202,18 @@ def test_experts_nobody_chose_need_no_owner() -> None:
     gates[0, [2, 3]] = 0.5
     total = dispatcher(Runner({2, 3}), Peers({}), routes({})).run(0, X[:1], gates, request())
     assert np.allclose(total, summed(0, range(EXPERTS), X[:1], gates))
+
+
+@pytest.mark.parametrize("here", [set(range(EXPERTS)), {2, 3, 4}])
+def test_what_is_learned_of_lots_counts_those_that_the_row_chose(here: set[int]) -> None:
+    gates = np.zeros((1, EXPERTS), np.float32)
+    gates[0, [3, 4, 6]] = 0.5
+    peers = Peers({NODES[0]: set(range(EXPERTS)) - here})
+    made = dispatcher(Runner(here), peers, routes(peers.owners))
+    made.costs = Noted()
+    made.run(0, X[:1], gates, request())
+    away = [lots_work(1, NODES[0])] if 6 not in here else []
+    assert made.costs.works == [lots_work(len({3, 4, 6} & here)), *away]
 
 
 def test_each_owner_gets_one_call_with_all_of_its_experts() -> None:
