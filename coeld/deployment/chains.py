@@ -18,7 +18,7 @@ It is a shortest path from layer to layer.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
-from coeld.deployment.cost import CostModel, Share, kv_cache_bytes
+from coeld.deployment.cost import CHUNK_ROWS, CostModel, Share, kv_cache_bytes
 from coeld.view import ModelDemand
 
 CACHE_TOKENS: Final = 2048
@@ -101,19 +101,76 @@ def placement_ns(model: CostModel, layers: Sequence[Mapping[int, Share]]) -> int
     return total
 
 
+def legs(
+    model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
+) -> list[Run]:
+    """An asker's way through the layers, each run of whole ones in the form that is cheaper for it.
+    `site` is the device with the attention: the asker, or whose span it is."""
+    whole, _ = _parted(layers)
+    spans: dict[int, int] = {}
+    for run in whole if model.spans else ():
+        it = model, asker, run.site, run.layers, context_tokens
+        if span_ns(*it) < cut_ns(*it):
+            spans |= dict.fromkeys(range(run.first, run.stop), model.sites[run.site][0])
+    return runs((layer, spans.get(layer, asker)) for layer in range(len(layers)))
+
+
+def leg_ns(
+    model: CostModel,
+    asker: int,
+    leg: Run,
+    layers: Sequence[Mapping[int, Share]],
+    context_tokens: int = 0,
+) -> int:
+    """One row through a leg."""
+    attention = model.attention_ns(leg.site, context_tokens)
+    own = layers[leg.first : leg.stop]
+    hop = 0 if leg.site == asker else model.reached(asker, next(iter(own[0])))
+    return hop + sum(attention + model.layer_ns(leg.site, shares) for shares in own)
+
+
 def token_us(
     model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
 ) -> int:
-    """The same for one asker alone."""
-    whole, torn = _parted(layers)
-    forms = (span_ns, cut_ns) if model.spans else (cut_ns,)
-    total = sum(
-        min(price(model, asker, run.site, run.layers, context_tokens) for price in forms)
-        for run in whole
-    )
-    attention = model.attention_ns(asker, context_tokens)
-    total += sum(attention + model.layer_ns(asker, shares) for shares in torn)
+    """Microseconds per decoded token at one asker."""
+    way = legs(model, asker, layers, context_tokens)
+    total = sum(leg_ns(model, asker, leg, layers, context_tokens) for leg in way)
     return (total + model.head_ns(asker)) // 1000
+
+
+def prefill_us(
+    model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], rows: int
+) -> int:
+    """Microseconds until a prompt of `rows` tokens has gone through, in chunks of CHUNK_ROWS.
+
+    Devices are busy with different chunks (coeld.datapath.pipeline): the first one takes the whole
+    way, each further one as long as the device that has most to do with it.
+    """
+    full, rest = divmod(rows, CHUNK_ROWS)
+    chunks = [CHUNK_ROWS] * full + ([rest] if rest else [])
+    way = legs(model, asker, layers)
+    busy = {n: _busy_ns(model, asker, way, layers, n) for n in set(chunks)}
+    total = sum(busy[chunks[0]].values()) + sum(max(busy[n].values()) for n in chunks[1:])
+    return (total + model.head_ns(asker)) // 1000
+
+
+def _busy_ns(
+    model: CostModel,
+    asker: int,
+    way: Sequence[Run],
+    layers: Sequence[Mapping[int, Share]],
+    rows: int,
+) -> dict[int, int]:
+    """What a chunk of a prompt takes at each device whose legs it goes through."""
+    found: dict[int, int] = {}
+    for leg in way:
+        own = layers[leg.first : leg.stop]
+        busy = sum(model.chunk_ns(leg.site, shares, rows) for shares in own)
+        if leg.site != asker:
+            busy += model.reached(asker, next(iter(own[0])))
+            busy += model.carried_ns(asker, leg.site, rows)
+        found[leg.site] = found.get(leg.site, 0) + busy
+    return found
 
 
 def _parted(

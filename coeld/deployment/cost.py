@@ -24,7 +24,8 @@ draw the error is 1.8 % on average and under 7 % in 95 of 100; docs/log.md.
 **A cut** is paid where some of the layer is elsewhere, so a layer that is wholly here saves it.
 Consecutive whole layers of another device may be run there in one go (coeld.deployment.chains).
 
-**A token** is the sum over layers, plus attention (trunk and KV cache at kernel speed) and head.
+**A token** is the sum over layers, plus attention (trunk and KV cache at kernel speed) and head:
+coeld.deployment.chains adds it up, and prompts as well.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -255,36 +256,26 @@ class CostModel:
     def head_ns(self, device: int) -> int:
         return self.devices[device].tiers[0].lot_ns(self.demand.head_bytes)
 
-    def token_us(
-        self, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
-    ) -> int:
-        """Time per decoded token at `asker`, if every layer's attention runs there."""
-        attention = self.attention_ns(asker, context_tokens)
-        total = sum(attention + self.layer_ns(asker, shares) for shares in layers)
-        return (total + self.head_ns(asker)) // 1000
+    def chunk_ns(self, asker: int, shares: Mapping[int, Share], rows: int) -> int:
+        """One layer of a prompt's `rows` rows, its attention at `asker`.
 
-    def prefill_us(self, asker: int, layers: Sequence[Mapping[int, Share]], rows: int) -> int:
-        """Time until a prompt of `rows` tokens has gone through, in chunks of CHUNK_ROWS.
-
-        Many rows spread evenly, so a layer is the maximum of the branches' expectations. A lot is
-        read once per chunk if any row uses it; each row travels once per device that it calls.
+        Many rows spread evenly, so the layer is the maximum of the branches' expectations.
         """
-        full, rest = divmod(rows, CHUNK_ROWS)
-        chunks = [CHUNK_ROWS] * full + ([rest] if rest else [])
-        times = {n: self._chunk_ns(asker, layers, n) for n in set(chunks)}
-        head = self.head_ns(asker)
-        return (sum(times[n] for n in chunks) + head) // 1000
-
-    def _chunk_ns(self, asker: int, layers: Sequence[Mapping[int, Share]], rows: int) -> int:
         attention = self.devices[asker].tiers[0].lot_ns(self.attention_bytes, rows)
-        total = attention * len(layers)
-        for shares in layers:
-            branches = [self._branch_ns(asker, site, s, rows) for site, s in shares.items()]
-            total += max(branches, default=0)
-        return total
+        branches = [self._branch_ns(asker, site, share, rows) for site, share in shares.items()]
+        if shares and {self.sites[site][0] for site in shares} == {asker}:
+            branches = [max(branches) - self.reached(asker, next(iter(shares)))]
+        return attention + max(branches, default=0)
+
+    def carried_ns(self, asker: int, device: int, rows: int) -> int:
+        """`rows` rows to another device and back, without the round trip."""
+        link = self.links(self.devices[asker].node, self.devices[device].node)
+        payload = 2 * rows * self.demand.hidden * ROW_VALUE_BYTES
+        return payload * 1000 // max(1, link.mb_per_s)
 
     def _branch_ns(self, asker: int, site: int, share: Share, rows: int) -> int:
-        """`rows` rows at one site: reading or arithmetic of its lots, and the payload."""
+        """`rows` rows at one site: its lots are read once if any row uses them, or computing takes
+        longer; each row travels once."""
         demand, tier, home = self.demand, self.tiers[site], self.sites[site][0]
         whole = demand.used * PPM
         lot_rows = share.bytes_used * rows // PPM
@@ -293,10 +284,8 @@ class CostModel:
         busy = max(read, lot_rows * 1000 // max(1, tier.row_speed)) + self._reach[asker][site]
         if home == asker:
             return busy
-        link = self.links(self.devices[asker].node, self.devices[home].node)
         called = PPM - self._void[min(SHARES, share.uses * SHARES // whole)]
-        payload = 2 * (rows * called // PPM) * demand.hidden * ROW_VALUE_BYTES
-        return busy + payload * 1000 // max(1, link.mb_per_s)
+        return busy + self.carried_ns(asker, home, rows * called // PPM)
 
 
 def kv_cache_bytes(demand: ModelDemand, context_tokens: int, requests: int) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from coeld.deployment import chains
+from coeld.deployment.chains import Run
 from coeld.deployment.cost import CostModel, Device, Share, Tier, kv_cache_bytes
 from coeld.deployment.proposal import Deliberation, Facts, is_whole, shares_of
 from coeld.deployment.widths import must_narrow, narrow_layers
@@ -44,13 +45,13 @@ class Forecast:
     narrow: frozenset[int] = frozenset()
     """Layers that are held in fewer bits than stored, because the rest would not fit."""
     asker: int = 0
+    legs: tuple[Run, ...] = ()
+    """The way of a token: layers and the machine whose part they are, the asker's or a span's."""
     token_us: int = 0
-    chained_us: int = 0
-    """The same if devices ran consecutive layers on their own."""
     prefill_us: int = 0
     parts: tuple[Part, ...] = ()
     slowest: str = ""
-    """The device whose branch most layers wait for, and for how many of them."""
+    """The device that a token waits for longest, and how long."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -114,7 +115,7 @@ def forecast(
         for index, (m, room) in enumerate(zip(machines, spare, strict=True))
     )
     links = tuple(tuple(link_between(a, b) for b in machines) for a in machines)
-    facts = Facts(demand, devices, links, split, spans=False, narrow=narrow)  # as by default
+    facts = Facts(demand, devices, links, split, narrow=narrow)
     missing = 0 if narrow else lacking(demand, machines, context_tokens)
     thinking = Deliberation(facts)
     while not thinking.advance():
@@ -125,8 +126,9 @@ def forecast(
     owners = {lot: int(node, 16) for lot, node in found.owners.items()}
     model = facts.model()
     layers = shares_of(model, owners)
-    times = {a: model.token_us(a, layers, prompt_tokens) for a in model.askers}
+    times = {a: chains.token_us(model, a, layers, prompt_tokens) for a in model.askers}
     asker = min(times, key=lambda a: (times[a], a))
+    way = _Way(model, asker, layers, prompt_tokens)
     return Forecast(
         demand,
         tuple(machines),
@@ -135,11 +137,11 @@ def forecast(
         is_whole(found.owners),
         _narrow(demand, owners, spare) if narrow else frozenset(),
         asker,
+        tuple(way.legs),
         times[asker],
-        chains.token_us(replace(facts, spans=True).model(), asker, layers, prompt_tokens),
-        model.prefill_us(asker, layers, prompt_tokens),
-        tuple(_parts(model, asker, layers, prompt_tokens)),
-        _slowest(model, asker, layers, machines),
+        chains.prefill_us(model, asker, layers, prompt_tokens),
+        tuple(way.parts(times[asker])),
+        way.slowest(machines),
     )
 
 
@@ -152,72 +154,87 @@ def _narrow(demand: ModelDemand, owners: Mapping[Lot, int], spare: Sequence[int]
     return frozenset(chosen)
 
 
-def _parts(
-    model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int
-) -> list[Part]:
-    demand, tier = model.demand, model.devices[asker].tiers[0]
-    speed = f"{tier.mb_per_s / 1000:.1f} GB/s"
-    attention = model.attention_ns(asker) * len(layers) // 1000
-    cached = model.attention_ns(asker, context_tokens) * len(layers) // 1000 - attention
-    total = sum(model.layer_ns(asker, shares) for shares in layers) // 1000
-    free = CostModel(demand, model.devices, model.links, free_calls=True)
-    computing = sum(free.layer_ns(asker, shares) for shares in layers) // 1000
-    cuts = sum(any(model.sites[s][0] != asker for s in shares) for shares in layers)
-    read = demand.used * demand.lot_bytes * len(layers)
-    home = sum(shares[s].bytes_used for shares in layers for s in shares if s == asker) // 10**6
-    return [
-        Part(
-            "attention and other trunk",
-            attention,
-            f"{model.attention_bytes * len(layers) / 1e6:,.0f} MB at {speed}",
-        ),
-        Part(
-            "KV cache",
-            cached,
-            f"{demand.kv_bytes_per_token * context_tokens / 1e6:,.0f} MB of {context_tokens} tokens"
-            f" at {speed}",
-        ),
-        Part("head", model.head_ns(asker) // 1000, f"{demand.head_bytes / 1e6:,.0f} MB at {speed}"),
-        Part(
-            "experts",
-            computing,
-            f"{demand.used} of {demand.experts} in {len(layers)} layers: {read / 1e6:,.0f} MB, "
-            f"{100 * home // max(1, read)} % of it here; each layer waits for its busiest device",
-        ),
-        Part(
-            "calls to other devices",
-            total - computing,
-            f"{cuts} of {len(layers)} layers need one: round trip, payload, wake-ups",
-        ),
-    ]
+class _Way:
+    """What a token at one asker is made of."""
 
+    def __init__(
+        self,
+        model: CostModel,
+        asker: int,
+        layers: Sequence[Mapping[int, Share]],
+        context_tokens: int,
+    ) -> None:
+        self.model, self.asker, self.layers, self.context = model, asker, layers, context_tokens
+        self.legs = chains.legs(model, asker, layers, context_tokens)
+        self.places = [leg.site for leg in self.legs for _ in range(leg.first, leg.stop)]
+        """Where each layer's attention is."""
+        free = CostModel(model.demand, model.devices, model.links, free_calls=True)
+        pairs = list(zip(self.places, layers, strict=True))
+        self.computing = [free.layer_ns(place, shares) for place, shares in pairs]
+        self.called = [any(model.sites[s][0] != at for s in shares) for at, shares in pairs]
+        """Whether a layer's experts are elsewhere."""
 
-def _slowest(
-    model: CostModel,
-    asker: int,
-    layers: Sequence[Mapping[int, Share]],
-    machines: Sequence[Machine],
-) -> str:
-    counts = [0] * len(machines)
-    for shares in layers:
-        alone = {site: model.branch_ns(asker, site, share) for site, share in shares.items()}
-        counts[model.sites[max(alone, key=lambda s: (alone[s], s))][0]] += 1
-    index = max(range(len(counts)), key=lambda i: (counts[i], -i))
-    return f"{counts[index]} of {len(layers)} layers wait for {machines[index].name}"
+    def parts(self, token_us: int) -> list[Part]:
+        """The largest ones, which add up to the token."""
+        model, demand, context = self.model, self.model.demand, self.context
+        attention = sum(map(model.attention_ns, self.places)) // 1000
+        cached = sum(model.attention_ns(at, context) for at in self.places) // 1000 - attention
+        head, computing = model.head_ns(self.asker) // 1000, sum(self.computing) // 1000
+        read = demand.used * demand.lot_bytes * len(self.layers)
+        home = sum(shares[self.asker].bytes_used for shares in self.layers if self.asker in shares)
+        speed = self._speed(self.asker)
+        speeds = ", ".join(dict.fromkeys(map(self._speed, self.places)))
+        spans = sum(leg.site != self.asker for leg in self.legs)
+        return [
+            Part(
+                "attention and other trunk",
+                attention,
+                f"{model.attention_bytes * len(self.layers) / 1e6:,.0f} MB at {speeds}",
+            ),
+            Part(
+                "KV cache",
+                cached,
+                f"{demand.kv_bytes_per_token * context / 1e6:,.0f} MB of {context} tokens"
+                f" at {speeds}",
+            ),
+            Part("head", head, f"{demand.head_bytes / 1e6:,.0f} MB at {speed}"),
+            Part(
+                "experts",
+                computing,
+                f"{demand.used} of {demand.experts} in {len(self.layers)} layers: "
+                f"{read / 1e6:,.0f} MB, {home // 10**4 // max(1, read)} % of it here; a layer in "
+                "parts waits for its busiest device",
+            ),
+            Part(
+                "calls to other devices",
+                token_us - attention - cached - head - computing,
+                f"{spans} for whole layers, {sum(self.called)} for a layer's experts: round trips, "
+                "payload, wake-ups",
+            ),
+        ]
+
+    def _speed(self, device: int) -> str:
+        return f"{self.model.devices[device].tiers[0].mb_per_s / 1000:.1f} GB/s"
+
+    def slowest(self, machines: Sequence[Machine]) -> str:
+        """Each layer's experts count for the device that they wait for."""
+        model, waits = self.model, [0] * len(machines)
+        waits[self.asker] = model.head_ns(self.asker)
+        for at, shares, computing in zip(self.places, self.layers, self.computing, strict=True):
+            waits[at] += model.attention_ns(at, self.context)
+            alone = {site: model.branch_ns(at, site, share) for site, share in shares.items()}
+            waits[model.sites[max(alone, key=lambda s: (alone[s], s))][0]] += computing
+        index = max(range(len(waits)), key=lambda i: (waits[i], -i))
+        return f"a token waits {waits[index] / 1e6:.1f} ms for {machines[index].name}"
 
 
 def limit(found: Forecast) -> str:
     """What the time per token depends on most."""
     part = max(found.parts, key=lambda part: part.us)
-    asker = found.machines[found.asker]
     if part.what == "calls to other devices":
         kinds = sorted({m.link_kind for m in found.machines})
         return f"the network ({', '.join(kinds)}): calls to other devices"
-    if part.what == "experts":
-        return f"memory speed where the experts are: {found.slowest}"
-    return (
-        f"memory speed of {asker.name}, which reads the whole trunk for every token ({part.what})"
-    )
+    return f"memory speed, most of it for {part.what}: {found.slowest}"
 
 
 def changes(

@@ -172,7 +172,7 @@ def as_json(
         "asked": plan.machines[plan.asker].name,
         "tokens_per_s": round(plan.tokens_per_s, 3),
         "token_us": plan.token_us,
-        "chained_token_us": plan.chained_us,
+        "legs": [[plan.machines[leg.site].name, leg.first, leg.stop] for leg in plan.legs],
         "time_to_first_token_us": plan.prefill_us + plan.token_us,
         "parts": [{"what": p.what, "us": p.us, "arithmetic": p.arithmetic} for p in plan.parts],
         "limit": limit(plan) if fits else "memory",
@@ -228,7 +228,7 @@ def show(
             f"Fits. Predicted at {plan.machines[plan.asker].name}: {plan.tokens_per_s:.1f} tok/s; "
             f"first token of a prompt of {arguments.prompt_tokens} tokens after {first_s:.1f} s."
         )
-        console.print(f"Limited by {limit(plan)}.")
+        console.print(f"A token goes through {_way(plan)}. Limited by {limit(plan)}.")
         console.print(_arithmetic(plan))
     console.print(_changes(plan, changed))
     if shape and shape.published:
@@ -241,6 +241,14 @@ def _lots_bytes(plan: "Forecast", index: int) -> int:
     """Of the experts that a device would hold."""
     mine = (lot for lot, owner in plan.owners.items() if owner == index)
     return sum(plan.demand.sizes[lot.layer in plan.narrow] for lot in mine)
+
+
+def _way(plan: "Forecast") -> str:
+    """Layers and whose spans they are; the asked device's among them."""
+    return ", ".join(
+        f"{plan.machines[leg.site].name} (layers {leg.first} to {leg.stop - 1})"
+        for leg in plan.legs
+    )
 
 
 def _enough_mb(plan: "Forecast", arguments: argparse.Namespace) -> int:

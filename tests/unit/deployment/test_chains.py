@@ -11,13 +11,16 @@ from coeld.deployment.chains import (
     Way,
     cache_bytes,
     cut_ns,
+    legs,
+    prefill_us,
     runs,
     span_ns,
     spans_that_fit,
     spans_worth,
+    token_us,
 )
-from coeld.deployment.cost import CostModel, Device, Link, Tier
-from coeld.ids import ModelHash, NodeId
+from coeld.deployment.cost import CHUNK_ROWS, CostModel, Device, Link, Share, Tier
+from coeld.ids import Lot, ModelHash, NodeId
 from coeld.view import ModelDemand
 
 LAN, WIFI = Link(300, 110), Link(4000, 30)
@@ -71,6 +74,58 @@ def test_what_is_a_span_stays_one_until_cuts_gain_clearly() -> None:
     undecided = [rtt for rtt, (before, after) in found.items() if before != after]
     assert undecided, "between the two there is a band in which nothing changes"
     assert all(not found[rtt][0] and found[rtt][1] for rtt in undecided)
+
+
+def whole(model: CostModel, sites: list[int]) -> list[dict[int, Share]]:
+    """Layer by layer, who holds all of it."""
+    lots = [model.share(Lot(0, expert)) for expert in range(model.demand.experts)]
+    total = Share(sum(share.uses for share in lots), sum(share.bytes_used for share in lots))
+    return [{site: total} for site in sites]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_token_takes_each_run_of_layers_in_the_cheaper_form(seed: int) -> None:
+    rng = Random(seed)
+    speeds = [rng.choice([500, 4000, 40_000]) for _ in range(3)]
+    links = [rng.choice([Link(20, 1000), LAN, WIFI]) for _ in range(3)]
+    model = priced(speeds, links, lot=rng.choice([1000, 500_000]))
+    sites = sorted(rng.choices(range(3), k=12), key=lambda site: (site + seed) % 3)
+    asker = rng.randrange(3)
+    ns = model.head_ns(asker)
+    for run in runs(enumerate(sites)):
+        span, cut = (one(model, asker, run.site, run.layers, 500) for one in (span_ns, cut_ns))
+        ns += span if run.site == asker else min(span, cut)
+    layers = whole(model, sites)
+    assert token_us(model, asker, layers, 500) == pytest.approx(ns / 1000, abs=2)
+    way = legs(model, asker, layers, 500)
+    assert [leg.first for leg in way[1:]] == [leg.stop for leg in way[:-1]]
+    assert (way[0].first, way[-1].stop) == (0, 12)
+
+
+def flow_shop(stages: list[int], chunks: int) -> int:
+    """When the last chunk leaves the last stage, each stage taking one after the other."""
+    free = [0] * len(stages)
+    for _ in range(chunks):
+        done = 0
+        for number, takes in enumerate(stages):
+            done = free[number] = max(done, free[number]) + takes
+    return free[-1]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_a_long_prompt_is_at_several_devices_at_once(chunks: int) -> None:
+    model = priced([4000, 2000, 4000], [LAN] * 3)
+    sites = [0] * 5 + [1] * 4 + [2] * 3
+    layers = whole(model, sites)
+    stages = []
+    for run in runs(enumerate(sites)):
+        one = run.layers * model.chunk_ns(run.site, layers[run.first], CHUNK_ROWS)
+        away = model.reached(0, run.site) + model.carried_ns(0, run.site, CHUNK_ROWS)
+        stages.append(one + (away if run.site else 0))
+    took_us = prefill_us(model, 0, layers, chunks * CHUNK_ROWS)
+    assert took_us == (flow_shop(stages, chunks) + model.head_ns(0)) // 1000
+    alone = prefill_us(model, 0, whole(model, [0] * 12), chunks * CHUNK_ROWS)
+    assert (took_us < alone) == (chunks > 2), "several devices are worth their hops"
 
 
 def all_ways(asker: int, layers: int, here: set[int], spans: list[Run]) -> list[list[Run]]:

@@ -1,5 +1,6 @@
 """The cost model against layers that are simulated draw by draw, and its sanity."""
 
+from functools import partial
 from random import Random
 from statistics import mean, quantiles
 
@@ -124,15 +125,17 @@ def test_a_long_context_is_read_with_every_token() -> None:
         ModelDemand(MODEL, "m", 4, 8, 1000, 0, kv_bytes_per_token=100_000), devices(4000), lan
     )
     layers = [shares(model, [0] * 8)] * 4
-    assert model.token_us(0, layers, 1000) - model.token_us(0, layers) == 100_000 * 1000 // 4000
+    short, long = (chains.token_us(model, 0, layers, tokens) for tokens in (0, 1000))
+    assert long - short == 100_000 * 1000 // 4000
 
 
 def test_prefill_reads_a_lot_once_per_chunk_and_then_computes() -> None:
     model = CostModel(demand(8, 8, 1, 4_000_000), devices(4000), lan)
-    one, many = (model.prefill_us(0, [shares(model, [0] * 8)], rows) for rows in (1, 256))
+    layers = [shares(model, [0] * 8)]
+    one, many, more = (chains.prefill_us(model, 0, layers, rows) for rows in (1, 256, 512))
     assert one >= 8 * 1000
     assert many < 256 * one / 4
-    assert model.prefill_us(0, [shares(model, [0] * 8)], 512) > 1.9 * many
+    assert more > 1.9 * many, "one device has no other to share a prompt with"
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -141,11 +144,13 @@ def test_a_faster_device_or_link_never_makes_a_token_slower(seed: int) -> None:
     speeds = rng.choices([2000, 4000, 8000], k=4)
     owners = [[rng.randrange(4) for _ in range(8)] for _ in range(4)]
     rtt = rng.choice([300, 4000])
-    base = CostModel(demand(), devices(*speeds), lambda a, b: Link(rtt, 30))
-    better = CostModel(demand(), devices(*[2 * s for s in speeds]), lambda a, b: Link(rtt // 2, 60))
-    layers = [shares(base, row) for row in owners]
-    assert better.token_us(0, layers) <= base.token_us(0, layers)
-    assert chains.token_us(better, 0, layers) <= chains.token_us(base, 0, layers)
+    for spans in (False, True):
+        base = CostModel(demand(), devices(*speeds), lambda a, b: Link(rtt, 30), spans=spans)
+        fast = devices(*[2 * s for s in speeds])
+        better = CostModel(demand(), fast, lambda a, b: Link(rtt // 2, 60), spans=spans)
+        layers = [shares(base, row) for row in owners]
+        for time_us in (chains.token_us, partial(chains.prefill_us, rows=300)):
+            assert time_us(better, 0, layers) <= time_us(base, 0, layers)
 
 
 def test_shares_add_up_to_what_a_token_uses() -> None:
