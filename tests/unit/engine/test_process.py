@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,21 @@ def test_an_engine_measures_itself_opens_loads_and_answers(agent, tiny) -> None:
     assert stats["steps"] == "1 graph, 0 cuts"
     assert stats["weights_bytes"] == tiny.weights_bytes
     assert stats["requests"] == 0
+
+
+def test_nothing_is_kept_or_reported_outside_the_store(tiny_store, tiny, tmp_path) -> None:
+    """ONNX Runtime would, unless a CI service's variables are there."""
+    known = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    quiet = partial(subprocess.Popen, env={**known, "HOME": str(tmp_path)})
+    engine = Engine(tiny_store.root, start=quiet)
+    try:
+        engine.hear("ready")
+        open_all(engine, tiny)
+        assert engine.answer("one")[1]["ev"] == "done"
+        assert not list(tmp_path.rglob("*"))
+    finally:
+        engine.close()
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_what_was_asked_is_told_once_with_cancelled_answers_as_far_as_they_came(
