@@ -43,8 +43,8 @@ WHOLE_S_MAX = 30.0
 ERROR_S_MAX = 2.0
 """From the death of a decoder's process to the end of its answer."""
 PAUSE_S = 0.2
-MAKING_S_MAX = 10.0
-"""What an engine is just making is gone from memory within this."""
+LOADING_S_MAX = 10.0
+"""What an engine needs only while it loads is gone within this."""
 FILES_MAX, THREADS_MAX, GROWTH_BYTES_MAX = 32, 16, 64 << 20
 """What a process may have more of than when it was first seen at rest."""
 STALL_S = 1.0
@@ -210,10 +210,18 @@ class Chaos:
         self._leaks(outcome)
 
     def _leaks(self, outcome: Outcome) -> None:
+        """What is too much and stays so: an engine that loads has files open for a while."""
+        since = time.monotonic()
+        while (found := self._too_much()) and time.monotonic() - since < LOADING_S_MAX:
+            time.sleep(0.1)
+        outcome.broken += found
+
+    def _too_much(self) -> list[str]:
+        found = []
         for device in self.devices:
             pids = device.pids()
             if len(pids["engine"]) != 1:
-                outcome.broken.append(f"{device.name} has engines {pids['engine']}")
+                found.append(f"{device.name} has engines {pids['engine']}")
                 continue
             for part, (pid,) in pids.items():
                 now = Size.of(pid)
@@ -224,12 +232,10 @@ class Chaos:
                     or now.rss_bytes - first.rss_bytes > GROWTH_BYTES_MAX
                 )
                 if grown:
-                    outcome.broken.append(f"{device.name}'s {part} grew from {first} to {now}")
-        since = time.monotonic()
-        while (left := self._shm() - self.shm) and time.monotonic() - since < MAKING_S_MAX:
-            time.sleep(0.05)  # an engine that still compiles has its file there
-        if left:
-            outcome.broken.append(f"left in /dev/shm: {sorted(left)}")
+                    found.append(f"{device.name}'s {part} grew from {first} to {now}")
+        if left := self._shm() - self.shm:
+            found.append(f"left in /dev/shm: {sorted(left)}")
+        return found
 
     def _shm(self) -> set[str]:
         """Files of engines seen in this lab; other programs of this machine have their own."""
