@@ -94,7 +94,9 @@ class Chaos:
         started = time.monotonic()
         readers = [
             threading.Thread(
-                target=self._read, args=(number, disasters, started, over, outcome, lock)
+                target=self._read,
+                args=(number, disasters, started, over, outcome, lock),
+                daemon=True,  # Ctrl-C does not wait for answers of a swarm that is taken down
             )
             for number in (0, 1)
         ]
