@@ -13,7 +13,7 @@ from tests.reference.tiny_gguf import write_tiny_llama
 
 REASON = missing()
 pytestmark = [pytest.mark.skipif(REASON is not None, reason=REASON or ""), pytest.mark.swarm]
-SEEDS = range(6)
+SEEDS = range(20)
 PACE = 0.3
 HASTE = "heartbeat_ms = 200\nsilence_ms = 1000\nsuspicion_ms = 300"
 """Disasters are shorter here, so devices are less patient as well."""
