@@ -212,7 +212,11 @@ class Chaos:
         self._leaks(outcome)
 
     def _leaks(self, outcome: Outcome) -> None:
-        """What is too much and stays so: an engine that loads has files open for a while."""
+        """A process too many or too few; what is too much and stays so, for an engine that loads
+        has files open for a while."""
+        for device in self.devices:
+            if len(engines := device.pids()["engine"]) != 1:
+                outcome.broken.append(f"{device.name} has engines {engines}")
         since = time.monotonic()
         while (found := self._too_much()) and time.monotonic() - since < LOADING_S_MAX:
             time.sleep(0.1)
@@ -220,21 +224,19 @@ class Chaos:
 
     def _too_much(self) -> list[str]:
         found = []
-        for device in self.devices:
-            pids = device.pids()
-            if len(pids["engine"]) != 1:
-                found.append(f"{device.name} has engines {pids['engine']}")
-                continue
-            for part, (pid,) in pids.items():
-                now = Size.of(pid)
-                first = self.first_sizes.setdefault(pid, now)
-                grown = (
-                    now.files - first.files > FILES_MAX
-                    or now.threads - first.threads > THREADS_MAX
-                    or now.rss_bytes - first.rss_bytes > GROWTH_BYTES_MAX
-                )
-                if grown:
-                    found.append(f"{device.name}'s {part} grew from {first} to {now}")
+        parts = [
+            (d, part, pid) for d in self.devices for part, ps in d.pids().items() for pid in ps
+        ]
+        for device, part, pid in parts:
+            now = Size.of(pid)
+            first = self.first_sizes.setdefault(pid, now)
+            grown = (
+                now.files - first.files > FILES_MAX
+                or now.threads - first.threads > THREADS_MAX
+                or now.rss_bytes - first.rss_bytes > GROWTH_BYTES_MAX
+            )
+            if grown:
+                found.append(f"{device.name}'s {part} grew from {first} to {now}")
         if left := self._shm() - self.shm:
             found.append(f"left in /dev/shm: {sorted(left)}")
         return found

@@ -115,27 +115,27 @@ def legs(
     return runs((layer, spans.get(layer, asker)) for layer in range(len(layers)))
 
 
-def leg_ns(
-    model: CostModel,
-    asker: int,
-    leg: Run,
-    layers: Sequence[Mapping[int, Share]],
-    context_tokens: int = 0,
+def _hop_ns(
+    model: CostModel, asker: int, leg: Run, layers: Sequence[Mapping[int, Share]], rows: int
 ) -> int:
-    """One row through a leg."""
-    attention = model.attention_ns(leg.site, context_tokens)
-    own = layers[leg.first : leg.stop]
-    hop = 0 if leg.site == asker else model.reached(asker, next(iter(own[0])))
-    return hop + sum(attention + model.layer_ns(leg.site, shares) for shares in own)
+    """What it takes to reach a leg with so many rows; nothing at home."""
+    if leg.site == asker:
+        return 0
+    reach = model.reached(asker, next(iter(layers[leg.first])))
+    return reach + model.carried_ns(asker, leg.site, rows - 1)
 
 
 def token_us(
     model: CostModel, asker: int, layers: Sequence[Mapping[int, Share]], context_tokens: int = 0
 ) -> int:
     """Microseconds per decoded token at one asker."""
-    way = legs(model, asker, layers, context_tokens)
-    total = sum(leg_ns(model, asker, leg, layers, context_tokens) for leg in way)
-    return (total + model.head_ns(asker)) // 1000
+    total = model.head_ns(asker)
+    for leg in legs(model, asker, layers, context_tokens):
+        attention = model.attention_ns(leg.site, context_tokens)
+        own = layers[leg.first : leg.stop]
+        total += sum(attention + model.layer_ns(leg.site, shares) for shares in own)
+        total += _hop_ns(model, asker, leg, layers, 1)
+    return total // 1000
 
 
 def prefill_us(
@@ -166,9 +166,7 @@ def _busy_ns(
     for leg in way:
         own = layers[leg.first : leg.stop]
         busy = sum(model.chunk_ns(leg.site, shares, rows) for shares in own)
-        if leg.site != asker:
-            busy += model.reached(asker, next(iter(own[0])))
-            busy += model.carried_ns(asker, leg.site, rows)
+        busy += _hop_ns(model, asker, leg, layers, rows)
         found[leg.site] = found.get(leg.site, 0) + busy
     return found
 

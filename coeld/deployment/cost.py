@@ -259,13 +259,14 @@ class CostModel:
     def chunk_ns(self, asker: int, shares: Mapping[int, Share], rows: int) -> int:
         """One layer of a prompt's `rows` rows, its attention at `asker`.
 
-        Many rows spread evenly, so the layer is the maximum of the branches' expectations.
+        Many rows spread evenly, so the layer is the maximum of the branches' expectations. Wholly
+        at home, it is part of a span and costs no call.
         """
         attention = self.devices[asker].tiers[0].lot_ns(self.attention_bytes, rows)
-        branches = [self._branch_ns(asker, site, share, rows) for site, share in shares.items()]
-        if shares and {self.sites[site][0] for site in shares} == {asker}:
-            branches = [max(branches) - self.reached(asker, next(iter(shares)))]
-        return attention + max(branches, default=0)
+        busy = [self._branch_ns(asker, site, share, rows) for site, share in shares.items()]
+        alone = len(shares) == 1 and self.sites[next(iter(shares))][0] == asker
+        call = self.devices[asker].call_us * 1000 if alone else 0
+        return attention + max(busy, default=0) - call
 
     def carried_ns(self, asker: int, device: int, rows: int) -> int:
         """`rows` rows to another device and back, without the round trip."""

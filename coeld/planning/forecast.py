@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from coeld.deployment import chains
-from coeld.deployment.chains import Run
 from coeld.deployment.cost import CostModel, Device, Share, Tier, kv_cache_bytes
 from coeld.deployment.proposal import Deliberation, Facts, is_whole, shares_of
 from coeld.deployment.widths import must_narrow, narrow_layers
@@ -45,7 +44,7 @@ class Forecast:
     narrow: frozenset[int] = frozenset()
     """Layers that are held in fewer bits than stored, because the rest would not fit."""
     asker: int = 0
-    legs: tuple[Run, ...] = ()
+    legs: tuple[chains.Run, ...] = ()
     """The way of a token: layers and the machine whose part they are, the asker's or a span's."""
     token_us: int = 0
     prefill_us: int = 0
@@ -169,13 +168,11 @@ class _Way:
         self.places = [leg.site for leg in self.legs for _ in range(leg.first, leg.stop)]
         """Where each layer's attention is."""
         free = CostModel(model.demand, model.devices, model.links, free_calls=True)
-        pairs = list(zip(self.places, layers, strict=True))
+        pairs = zip(self.places, layers, strict=True)
         self.computing = [free.layer_ns(place, shares) for place, shares in pairs]
-        self.called = [any(model.sites[s][0] != at for s in shares) for at, shares in pairs]
-        """Whether a layer's experts are elsewhere."""
 
     def parts(self, token_us: int) -> list[Part]:
-        """The largest ones, which add up to the token."""
+        """They add up to the token."""
         model, demand, context = self.model, self.model.demand, self.context
         attention = sum(map(model.attention_ns, self.places)) // 1000
         cached = sum(model.attention_ns(at, context) for at in self.places) // 1000 - attention
@@ -185,6 +182,8 @@ class _Way:
         speed = self._speed(self.asker)
         speeds = ", ".join(dict.fromkeys(map(self._speed, self.places)))
         spans = sum(leg.site != self.asker for leg in self.legs)
+        pairs = zip(self.places, self.layers, strict=True)
+        cuts = sum(any(model.sites[site][0] != at for site in shares) for at, shares in pairs)
         return [
             Part(
                 "attention and other trunk",
@@ -208,8 +207,8 @@ class _Way:
             Part(
                 "calls to other devices",
                 token_us - attention - cached - head - computing,
-                f"{spans} for whole layers, {sum(self.called)} for a layer's experts: round trips, "
-                "payload, wake-ups",
+                f"{spans} for whole layers, {cuts} for a layer's experts: round trips, payload, "
+                "wake-ups",
             ),
         ]
 

@@ -120,7 +120,7 @@ def test_a_long_prompt_is_at_several_devices_at_once(chunks: int) -> None:
     stages = []
     for run in runs(enumerate(sites)):
         one = run.layers * model.chunk_ns(run.site, layers[run.first], CHUNK_ROWS)
-        away = model.reached(0, run.site) + model.carried_ns(0, run.site, CHUNK_ROWS)
+        away = model.reached(0, run.site) + model.carried_ns(0, run.site, CHUNK_ROWS - 1)
         stages.append(one + (away if run.site else 0))
     took_us = prefill_us(model, 0, layers, chunks * CHUNK_ROWS)
     assert took_us == (flow_shop(stages, chunks) + model.head_ns(0)) // 1000
