@@ -1,16 +1,15 @@
 """Memory: what there is, what can still be had, and whether programs wait for it.
 
-A container or a systemd MemoryMax= limits a daemon below what the machine has, and what exceeds it
-is killed, so the limit counts as the machine's size. Both cgroup versions are read from the file
-system; a missing or odd file means "no limit". Pressure is the kernel's own figure (pressure stall
-information): the share of time in which all tasks that could run waited for memory. Source:
-kernel.org, Documentation/accounting/psi.rst and admin-guide/cgroup-v2.rst.
+What exceeds a control group's limit is killed, so the limit counts as the machine's size. Pressure
+is the kernel's own figure (pressure stall information): the share of time in which all tasks that
+could run waited for memory. Source: kernel.org, Documentation/accounting/psi.rst.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from coeld.host.small_files import ROOT, number, text
+from coeld.host.cgroups import memory_limit, rings
+from coeld.host.small_files import ROOT, text
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +25,11 @@ class MemoryReading:
 
 def read_memory(root: Path = ROOT) -> MemoryReading:
     total, available = _machine(root)
-    limit, used = cgroup_memory(root)
+    limit, used = memory_limit(root)
     if limit:
         total = min(total, limit)
         available = min(available, max(limit - used, 0))
     return MemoryReading(total, available, _pressure_percent(root))
-
-
-def cgroup_memory(root: Path = ROOT) -> tuple[int, int]:
-    """(limit, used) bytes of the tightest cgroup around this process; (0, 0) without a limit.
-
-    Page cache counts as used in version 1 and 2 alike, although the kernel would give it back;
-    the inactive part of it is therefore subtracted.
-    """
-    tightest = (0, 0)
-    for directory, limit_file, used_file in _cgroups(root):
-        limit = number(directory / limit_file)
-        if limit <= 0 or limit >= 1 << 60:  # version 1 says "no limit" with a huge number
-            continue
-        used = number(directory / used_file) - _inactive_file(directory / "memory.stat")
-        room = limit - max(used, 0)
-        if tightest[0] == 0 or room < tightest[0] - tightest[1]:
-            tightest = (limit, max(used, 0))
-    return tightest
 
 
 def anonymous_bytes(pid: int, root: Path = ROOT) -> int:
@@ -75,8 +56,8 @@ def _fields(path: Path) -> dict[str, int]:
 
 def _pressure_percent(root: Path) -> int:
     files = [root / "proc/pressure/memory"]
-    own = [base for base, names, *_ in _cgroups(root) if names == "memory.max"]
-    files += [base / "memory.pressure" for base in own[:1]]
+    own = [ring for ring, version in rings("memory", root) if version == 2]
+    files += [ring / "memory.pressure" for ring in own[:1]]
     return max(map(_full_percent, files))
 
 
@@ -91,27 +72,3 @@ def _full_percent(path: Path) -> int:
             except (KeyError, ValueError, OverflowError):
                 return 0
     return 0
-
-
-def _cgroups(root: Path) -> list[tuple[Path, str, str]]:
-    """This process's memory cgroup and all around it, innermost first."""
-    top = root / "sys/fs/cgroup"
-    found = []
-    for line in text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = top, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            base, names = top / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        inner = base / path.lstrip("/")
-        ring = [inner, *inner.parents]
-        found += [(place, *names) for place in ring if place == base or base in place.parents]
-    return found
-
-
-def _inactive_file(path: Path) -> int:
-    values = dict(line.split(" ", 1) for line in text(path).splitlines() if " " in line)
-    words = values.get("total_inactive_file", values.get("inactive_file", "0"))
-    return int(words) if words.isdigit() else 0

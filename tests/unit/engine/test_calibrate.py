@@ -35,6 +35,18 @@ def test_when_time_is_over_only_what_bids_need_is_measured() -> None:
     assert Kernels.from_json(found.to_json()) == found
 
 
+def test_what_a_quota_grants_at_once_is_not_told_as_what_it_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(_turn: int) -> None:
+        until_s = time.process_time() + 0.002
+        while time.process_time() < until_s:
+            pass
+
+    monkeypatch.setattr(calibrate, "cpu_cores", lambda: 0.1)
+    assert calibrate._best_us(run) >= 20_000
+
+
 def test_a_measurement_is_remembered_for_the_same_machine_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,8 @@ from coeld.host.battery import Battery, read_battery, spares
 from coeld.host.clock import HeatSensor, allowed_mhz
 from coeld.host.disk import Disk
 from coeld.host.gpu import Gpu, GpuSensor
-from coeld.host.memory import anonymous_bytes, cgroup_memory, read_memory
+from coeld.host.cgroups import cpu_cores, memory_limit
+from coeld.host.memory import anonymous_bytes, read_memory
 from coeld.host.sensors import Sensors
 
 MEMINFO = "MemTotal:        8000000 kB\nMemFree:  100 kB\nMemAvailable:    5000000 kB\n"
@@ -60,6 +61,25 @@ def sensors(root: Path, budget_mb: int = 0, least: int = 30) -> Sensors:
     return Sensors(budget_mb, least, Disk(root / "store", root / "disk.json"), root)
 
 
+# ---- control groups ------------------------------------------------------------------------
+
+
+def test_the_tightest_quota_of_either_version_is_the_cores_allowed(tmp_path: Path) -> None:
+    assert cpu_cores(tmp_path / "missing") == 0
+    files = {
+        "proc/self/cgroup": "3:cpu,cpuacct:/box\n0::/a/b\n",
+        "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "-1\n",
+        "sys/fs/cgroup/cpu/box/cpu.cfs_period_us": "100000\n",
+    }
+    tree(tmp_path, files)
+    assert cpu_cores(tmp_path) == 0
+    tree(tmp_path, {"sys/fs/cgroup/a/cpu.max": "150000 100000\n"})
+    assert cpu_cores(tmp_path) == 1.5
+    tree(tmp_path, {"sys/fs/cgroup/cpu/box/cpu.cfs_quota_us": "30000\n"})
+    assert cpu_cores(tmp_path) == 0.3
+
+
 # ---- memory --------------------------------------------------------------------------------
 
 
@@ -73,7 +93,7 @@ def test_version_2_takes_the_tightest_limit_on_the_way_up(tmp_path: Path) -> Non
         "sys/fs/cgroup/a/b/memory.current": "500\n",
     }
     tree(tmp_path, files)
-    assert cgroup_memory(tmp_path) == (1000, 500)
+    assert memory_limit(tmp_path) == (1000, 500)
 
 
 def test_version_1_is_read_in_its_own_hierarchy(tmp_path: Path) -> None:
@@ -85,13 +105,13 @@ def test_version_1_is_read_in_its_own_hierarchy(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
     }
     tree(tmp_path, files)
-    assert cgroup_memory(tmp_path) == (2000, 500)
+    assert memory_limit(tmp_path) == (2000, 500)
 
 
 def test_no_limit_and_no_files_at_all(tmp_path: Path) -> None:
     tree(tmp_path, {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"})
-    assert cgroup_memory(tmp_path) == (0, 0)
-    assert cgroup_memory(tmp_path / "missing") == (0, 0)
+    assert memory_limit(tmp_path) == (0, 0)
+    assert memory_limit(tmp_path / "missing") == (0, 0)
     assert read_memory(tmp_path / "missing").available_bytes == 0
 
 
