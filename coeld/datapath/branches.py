@@ -58,11 +58,15 @@ class Branches:
     def begin(self, layer: int, branch: Branch, addresses: Addresses) -> None:
         """Ask the best owner that can be asked, and another along with it if it is time to hear how
         quick it is."""
+        self.seconds.first()
+        paces = self.peers.paces
+        if len(branch.nodes) == 1 and not paces.losses.packets:  # the usual case: nothing to choose
+            self._ask(layer, branch, branch.nodes[0], addresses)
+            return
         now_s = time.monotonic()
-        choice = choose(branch.nodes, len(branch.x), self.peers.paces, now_s)
+        choice = choose(branch.nodes, len(branch.x), paces, now_s)
         branch.nodes = choice.nodes
         branch.late_at_s, branch.again_s = now_s + choice.late_s, choice.again_s
-        self.seconds.first()
         for node in choice.nodes:
             self._ask(layer, branch, node, addresses)
             if len(branch.calls) == 1 + choice.along:

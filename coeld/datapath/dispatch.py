@@ -19,15 +19,16 @@ not come before the deadline of a call.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import chain
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from coeld.datapath.branches import Branch, Branches, Picked
 from coeld.datapath.costs import Costs, lots_work, reach_work
-from coeld.datapath.ports import ExpertRunner, Gates, PeerLink, Rows, Waiter
+from coeld.datapath.ports import ExpertRunner, Gates, Held, PeerLink, Rows, Waiter
 from coeld.datapath.quality import Errors
 from coeld.errors import NotCovered, PeerError, PeerRefused
 from coeld.ids import Lot, NodeId
@@ -101,23 +102,36 @@ class Stall:
         return min(ends) - now
 
 
-@dataclass(frozen=True, slots=True)
-class _Shares:
-    """Who runs which experts of a layer; peers in the order of their lowest expert."""
+class _Shares(NamedTuple):
+    """Who runs which of the chosen experts of a layer."""
 
-    here: frozenset[int]
-    calls: Mapping[tuple[NodeId, ...], frozenset[int]]
-    """By owners of all of these experts, the first to be preferred."""
+    here: Held | None
+    """All that are here, chosen or not; None: no chosen one runs here."""
+    calls: Sequence[tuple[tuple[NodeId, ...], list[int]]]
+    """Owners of all of these experts, the first to be preferred."""
     addresses: Mapping[NodeId, tuple[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
 class _Owners:
-    """Who can be called for a layer, worked out once per route table."""
+    """Who can be called for a layer, worked out once per route table. Sets of devices are bits."""
 
-    by_expert: tuple[tuple[NodeId, ...], ...]
-    whole: tuple[NodeId, ...]
-    """Owners of every expert."""
+    def __init__(self, by_expert: Sequence[tuple[NodeId, ...]]) -> None:
+        """Per expert its owners, the first to be preferred."""
+        bits = {node: 1 << at for at, node in enumerate(dict.fromkeys(chain(*by_expert)))}
+        self.by_expert = by_expert
+        self._bits = bits
+        self._sets = [sum(bits[node] for node in nodes) for nodes in by_expert]
+        self.whole = self.of_all(range(len(by_expert)))
+        """Owners of every expert."""
+
+    def of_all(self, experts: Sequence[int]) -> tuple[NodeId, ...]:
+        """Those that own all of these experts, in the order of the first one's owners."""
+        first, common = self.by_expert[experts[0]], self._sets[experts[0]]
+        for expert in experts:
+            common &= self._sets[expert]
+        if common == self._sets[experts[0]]:
+            return first
+        return tuple(node for node in first if self._bits[node] & common) if common else ()
 
 
 @dataclass(slots=True)
@@ -154,7 +168,11 @@ class Dispatcher:
         """
         waiter.split.cuts += 1
         errors = waiter.quality.errors(layer)
-        if gates is not None and errors[1] > 0 and len(self.runner.here(layer)) < self.experts:
+        if (
+            gates is not None
+            and errors[1] > 0
+            and len(self.runner.here(layer).order) < self.experts
+        ):
             gates, errors = waiter.quality.prune(layer, gates)
         chosen = self._chosen(gates)
         stall: Stall | None = None
@@ -178,19 +196,20 @@ class Dispatcher:
 
     def shared(self, layers: Iterable[int]) -> int:
         """How many of these layers are not wholly here."""
-        return sum(len(self.runner.here(layer)) < self.experts for layer in layers)
+        return sum(len(self.runner.here(layer).order) < self.experts for layer in layers)
 
-    def _chosen(self, gates: Gates | None) -> frozenset[int]:
-        """The experts that some row needs."""
+    def _chosen(self, gates: Gates | None) -> list[int]:
+        """The experts that some row needs, by number."""
         if gates is None:
-            return frozenset(range(self.experts))
-        columns = gates[0] if len(gates) == 1 else gates.any(axis=0)
-        return frozenset(np.flatnonzero(columns).tolist())
+            return list(range(self.experts))
+        columns: Any = gates if len(gates) == 1 else gates.any(axis=0, keepdims=True)
+        found: list[int] = columns[0].nonzero()[0].tolist()
+        return found
 
     def _attempt(
         self,
         layer: int,
-        chosen: frozenset[int],
+        chosen: list[int],
         x: Rows,
         gates: Gates | None,
         errors: Errors,
@@ -206,13 +225,12 @@ class Dispatcher:
             return None
         split, quality = waiter.split, waiter.quality
         started_s, here_s, branches = time.monotonic(), 0.0, []
-        for nodes, experts in shares.calls.items():
-            ids = sorted(experts)
+        for nodes, ids in shares.calls:
             branch = Branch(ids, nodes, *_rows_for(ids, x, gates), errors)
             self._branches.begin(layer, branch, shares.addresses)
             branches.append(branch)
         parts: list[Rows] = []
-        if shares.here:
+        if shares.here is not None:
             self._branches.send(branches)
             began_s = time.monotonic()
             mine = self._run_here(layer, shares.here, x, gates)
@@ -229,7 +247,7 @@ class Dispatcher:
             assert branch.answer is not None
             rows, hidden = branch.x.shape
             traffic = branch.answer.traffic
-            quality.count(layer, traffic, rows, hidden, len(branches) + bool(shares.here))
+            quality.count(layer, traffic, rows, hidden, len(branches) + (shares.here is not None))
             parts.append(_spread(branch.part, branch.picked, len(x)))
             gates_bytes = 0 if branch.gates is None else branch.gates.nbytes
             split.sent_bytes += traffic.sent_bytes + gates_bytes
@@ -238,8 +256,9 @@ class Dispatcher:
             took_s = time.monotonic() - started_s - here_s
             computed_us = max(b.answer.computed_us for b in branches if b.answer is not None)
             split.away(took_s, computed_us / 1e6 - here_s)
-        if len(x) == 1:
-            self._note(len(shares.here & chosen), here_s, branches)
+        if len(x) == 1 and self.costs.listening:
+            away = sum(len(branch.experts) for branch in branches)
+            self._note(len(chosen) - away, here_s, branches)
         return parts[0] if len(parts) == 1 else sum(parts[1:], start=parts[0].copy())
 
     def _note(self, lots: int, here_s: float, branches: list[Branch]) -> None:
@@ -256,70 +275,55 @@ class Dispatcher:
             if call.beyond_s is not None:
                 self.costs.note(reach_work(call.node), call.beyond_s)
 
-    def _run_here(
-        self, layer: int, here: frozenset[int], x: Rows, gates: Gates | None
-    ) -> Rows | None:
+    def _run_here(self, layer: int, here: Held, x: Rows, gates: Gates | None) -> Rows | None:
+        """Those that no row chose have no weight."""
+        weights = None if gates is None else gates.take(here.columns, axis=1)
         try:
-            if len(here) == self.experts:
-                return self.runner.run(layer, range(self.experts), x, gates)
-            ids = sorted(here)
-            return self.runner.run(layer, ids, x, None if gates is None else gates[:, ids])
+            return self.runner.run(layer, here.order, x, weights)
         except PeerError:
             return None  # dropped between the look and the run: the next attempt goes elsewhere
 
-    def _share(self, layer: int, chosen: frozenset[int]) -> "_Shares | None":
+    def _share(self, layer: int, chosen: list[int]) -> _Shares | None:
         """Who runs what, or None while some expert has no owner that can be asked.
 
         Whole if one device can; otherwise local experts here and each other expert at its first
         owner.
         """
         here, table = self.runner.here(layer), self.board.table
-        if here >= chosen:
-            return _Shares(here, {}, {})
+        if here.experts.issuperset(chosen):
+            return _Shares(here, (), {})
         if table is None:
             return None
         owned = self._owners(table, layer)
-        # A copy: another thread may note a failure meanwhile.
-        cooling = {node for node in list(self._failed_at) if self._cooling(node)}
-        if owned.whole and not cooling:
-            return _Shares(frozenset(), {owned.whole: chosen}, table.addresses)
-        owners = {expert: _rested(owned.by_expert[expert], cooling) for expert in sorted(chosen)}
-        first, *rest = owners.values()
-        whole = tuple(node for node in first if all(node in nodes for nodes in rest))
-        if whole:
-            return _Shares(frozenset(), {whole: chosen}, table.addresses)
-        by_owner: dict[NodeId, set[int]] = {}
-        for expert in sorted(chosen - here):
-            if not owners[expert]:
-                return None
-            by_owner.setdefault(owners[expert][0], set()).add(expert)
-        calls = {
-            tuple(n for n in owners[min(experts)] if all(n in owners[e] for e in experts)): (
-                frozenset(experts)
-            )
-            for experts in by_owner.values()
-        }
-        return _Shares(here & chosen, calls, table.addresses)
+        if whole := owned.whole or owned.of_all(chosen):
+            return _Shares(None, [(whole, chosen)], table.addresses)
+        by_owner: dict[NodeId, list[int]] = {}
+        for expert in chosen:
+            if expert not in here.experts:
+                owners = owned.by_expert[expert]
+                if not owners:
+                    return None
+                by_owner.setdefault(owners[0], []).append(expert)
+        calls = [(owned.of_all(experts), experts) for experts in by_owner.values()]
+        mine = None if here.experts.isdisjoint(chosen) else here
+        return _Shares(mine, calls, table.addresses)
 
     def _owners(self, table: RouteTable, layer: int) -> _Owners:
-        """Present owners of a layer's experts, other than this device."""
+        """Owners of a layer's experts, other than this device; those that have just failed only
+        where there is no other."""
+        # A copy: another thread may note a failure meanwhile.
+        cooling = {node for node in list(self._failed_at) if self._cooling(node)}
         known = self._known  # one reference: other threads may look at another table
         if known[0] is not table:
             known = self._known = table, {}
         found = known[1].get(layer)
         if found is None:
-            by_expert = tuple(
-                tuple(
-                    node
-                    for node in table.owners_of(Lot(layer, expert))
-                    if node != self.me and node in table.addresses
-                )
-                for expert in range(self.experts)
+            present = table.addresses.keys() - {self.me}
+            lots = (table.owners_of(Lot(layer, expert)) for expert in range(self.experts))
+            found = known[1][layer] = _Owners(
+                [tuple(node for node in nodes if node in present) for nodes in lots]
             )
-            first, *rest = by_expert
-            whole = tuple(node for node in first if all(node in nodes for nodes in rest))
-            found = known[1][layer] = _Owners(by_expert, whole)
-        return found
+        return _Owners([_rested(nodes, cooling) for nodes in found.by_expert]) if cooling else found
 
     def _fail(self, node: NodeId, exc: PeerError) -> None:
         self.failures += not self._cooling(node)
@@ -359,9 +363,9 @@ def _rows_for(
     """The rows that chose one of these experts, their gate weights, and which rows they are."""
     if gates is None:
         return x, None, None
-    weights = np.ascontiguousarray(gates[:, ids])
     if len(x) == 1:
-        return x, weights, None
+        return x, gates[:, ids], None
+    weights = np.ascontiguousarray(gates[:, ids])
     picked = np.flatnonzero(weights.any(axis=1))
     if len(picked) == len(x):
         return x, weights, None

@@ -34,6 +34,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -60,6 +61,7 @@ GATED, KEPT = 1, 2
 """Flags."""
 SPAN_HEAD: Final = struct.Struct("<III")
 COMPUTED: Final = struct.Struct("<I")
+INFINITE: Final = float("inf")
 
 
 class Kind(IntEnum):
@@ -96,14 +98,6 @@ class Header(NamedTuple):
     error: float = 0.0
     """Relative, of rows: see above."""
 
-    @property
-    def ids_bytes(self) -> int:
-        return _padded(2 * self.experts) if self.kind is Kind.EXPERTS else 0
-
-    @property
-    def gates_bytes(self) -> int:
-        return 4 * self.rows * self.experts if self.gated else 0
-
 
 @dataclass(frozen=True, slots=True)
 class SpanCall:
@@ -128,37 +122,58 @@ def parse_header(data: bytes | bytearray | memoryview) -> Header:
         raise FrameError("not a coeld data connection: the magic bytes are wrong")
     if version != VERSION:
         raise FrameError(f"the peer speaks version {version} of the data path, this one {VERSION}")
+    if not 0 <= error <= ERROR_MAX:  # not so for NaN
+        raise FrameError(f"frame out of limits: a relative error of {error}")
+    if layer + (experts if kind == Kind.SPAN else 1) > LAYERS_MAX:
+        raise FrameError(f"frame out of limits: layer {layer}")
+    plain = layer == 0 and error == 0
+    what, codec = _checked(kind, dtype, flags, experts, rows, hidden, size, plain)
+    return Header(
+        what, call_id, layer, experts, rows, hidden, size,
+        bool(flags & GATED), bool(flags & KEPT), codec, error,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _checked(
+    kind: int,
+    dtype: int,
+    flags: int,
+    experts: int,
+    rows: int,
+    hidden: int,
+    size: int,
+    plain: bool,
+) -> tuple[Kind, Codec]:
+    """Kind and codec of a header whose numbers may stand together; the same come again and again.
+    `plain`: layer and error are 0. Raises FrameError."""
     try:
-        codec = Codec(dtype or Codec.FLOAT32)
-        header = Header(
-            Kind(kind), call_id, layer, experts, rows, hidden, size,
-            bool(flags & GATED), bool(flags & KEPT), codec, error,
-        )  # fmt: skip
+        what, codec = Kind(kind), Codec(dtype or Codec.FLOAT32)
     except ValueError:
         raise FrameError(f"unknown kind of frame {kind}, or unknown codec {dtype}") from None
-    if header.kind in (Kind.EXPERTS, Kind.RESULT, Kind.SPAN):
-        before = BEFORE_ROWS.get(header.kind, 0) + header.ids_bytes + header.gates_bytes
+    if what in (Kind.EXPERTS, Kind.RESULT, Kind.SPAN):
+        gates_bytes = 4 * rows * experts if flags & GATED else 0
+        ids_bytes = _padded(2 * experts) if what is Kind.EXPERTS else 0
+        before = BEFORE_ROWS.get(what, 0) + ids_bytes + gates_bytes
         least, most = payload_bytes(codec, rows, hidden)
         least, most = before + least, before + most
         fits = 0 < rows <= ROWS_MAX and 0 < hidden <= HIDDEN_MAX and dtype > 0
-        fits = fits and 0 <= error <= ERROR_MAX  # not so for NaN
-        fits = fits and (codec is not Codec.STEPS_AHEAD or header.kind is Kind.EXPERTS)
-        counts = layer < LAYERS_MAX and experts <= EXPERTS_PER_LAYER_MAX
-        fits = fits and counts and (experts > 0) == (header.kind is not Kind.RESULT)
-        fits = fits and (header.kind is not Kind.SPAN or layer + experts <= LAYERS_MAX)
-    elif header.kind in (Kind.FREE, Kind.PING):
+        fits = fits and (codec is not Codec.STEPS_AHEAD or what is Kind.EXPERTS)
+        fits = fits and experts <= EXPERTS_PER_LAYER_MAX
+        fits = fits and (experts > 0) == (what is not Kind.RESULT)
+    elif what in (Kind.FREE, Kind.PING):
         least = most = 0
-        fits = dtype == layer == experts == rows == hidden == error == 0
+        fits = plain and dtype == experts == rows == hidden == 0
     else:
-        least, most, fits = size, size, size <= TEXT_BYTES_MAX and dtype == error == 0
-    flagged = flags == 0 or (flags <= GATED | KEPT and header.kind is Kind.EXPERTS)
-    flagged = flagged and (codec in STEPS or not header.kept)
+        least, most, fits = size, size, size <= TEXT_BYTES_MAX and plain and dtype == 0
+    flagged = flags == 0 or (flags <= GATED | KEPT and what is Kind.EXPERTS)
+    flagged = flagged and (codec in STEPS or not flags & KEPT)
     if not flagged or not fits or not least <= size <= most or size > PAYLOAD_BYTES_MAX:
         raise FrameError(
-            f"frame out of limits: {header.kind.name} with {experts} experts, {rows} rows of "
-            f"{hidden}, {size} bytes"
+            f"frame out of limits: {what.name} with {experts} experts, {rows} rows of {hidden}, "
+            f"{size} bytes"
         )
-    return header
+    return what, codec
 
 
 def pack_experts(
@@ -176,8 +191,7 @@ def pack_experts(
     `gates` (n, len(experts)), None: all 1. `coded` is `x` encoded, None: float32; the answer may
     err by `answer_error`; `keep`: the next call may refer to these rows.
     """
-    ids = np.asarray(experts, "<u2").tobytes()
-    ids = ids.ljust(_padded(len(ids)), b"\0")
+    ids = _ids(len(experts)).pack(*experts)
     weights = b"" if gates is None else gates.astype("<f4", copy=False).tobytes()
     rows, hidden = x.shape
     codec, pieces = _pieces(x, coded)
@@ -256,17 +270,20 @@ def unpack_experts(
     Raises FrameError on repeated ids, on NaN or Inf, on negative gate weights, and on rows that
     refer to a past which is not `past`.
     """
-    experts = tuple(np.frombuffer(payload, "<u2", header.experts).tolist())
+    ids = _ids(header.experts)
+    experts: tuple[int, ...] = ids.unpack_from(payload)
     if len(set(experts)) != header.experts:
         raise FrameError("an expert is named twice")
     gates = None
-    at = header.ids_bytes
+    at = ids.size
     if header.gated:
         gates = np.frombuffer(payload, "<f4", header.rows * header.experts, at)
-        if not np.isfinite(gates).all() or gates.min() < 0:
+        # Not so for NaN either.
+        if not (np.minimum.reduce(gates) >= 0 and np.maximum.reduce(gates) < INFINITE):
             raise FrameError("gate weights are negative, NaN or Inf")
         gates = gates.reshape(header.rows, header.experts)
-    return experts, _rows(header, payload[at + header.gates_bytes :], past), gates
+        at += gates.nbytes
+    return experts, _rows(header, payload[at:], past), gates
 
 
 def unpack_result(header: Header, payload: memoryview) -> tuple[NDArray[np.float32], int]:
@@ -316,7 +333,7 @@ def _rows(header: Header, payload: memoryview, past: Past | None = None) -> NDAr
         decode(header.codec, payload, out, past)
         return out
     rows = np.frombuffer(payload, "<f4", header.rows * header.hidden)
-    if not np.isfinite(rows).all():
+    if not np.logical_and.reduce(np.isfinite(rows)):
         raise FrameError("rows contain NaN or Inf")
     return rows.reshape(header.rows, header.hidden)
 
@@ -325,6 +342,12 @@ def _pieces(x: NDArray[np.float32], coded: Coded | None) -> tuple[Codec, list[me
     if coded is not None:
         return coded[0], list(coded[1].pieces)
     return Codec.FLOAT32, [np.ascontiguousarray(x).data.cast("B")]
+
+
+@lru_cache(maxsize=EXPERTS_PER_LAYER_MAX + 1)
+def _ids(count: int) -> struct.Struct:
+    """Of so many expert ids, with what pads them."""
+    return struct.Struct(f"<{count}H{_padded(2 * count) - 2 * count}x")
 
 
 def _padded(size: int) -> int:

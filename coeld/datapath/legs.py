@@ -58,7 +58,7 @@ def run_leg(
                     out, gates = part.run(step)
                     took_s = time.monotonic() - started_s
                     waiter.split.trunk_s += took_s
-                    if len(x) == 1:
+                    if len(x) == 1 and dispatcher.costs.listening:
                         dispatcher.costs.note(graph_work(step), took_s)
                 case Cut(layer):
                     assert out is not None

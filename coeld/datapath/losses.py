@@ -31,4 +31,6 @@ class Losses:
 
     def lossy(self, nodes: Iterable[NodeId], now_s: float) -> bool:
         """Have packets to one of them been lost lately?"""
+        if not self._at_s:
+            return False
         return any(now_s - self._at_s.get(node, float("-inf")) < LOSSY_S for node in nodes)

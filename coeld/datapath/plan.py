@@ -11,8 +11,7 @@ expert in a graph of its own and inside a fused graph would be held twice.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from coeld.ids import Lot, NodeId
 from coeld.routes import RouteTable
@@ -22,8 +21,7 @@ SPAN_LAYERS_MAX: Final = 4
 the memory that changing the plan takes, and compile better side by side."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One graph: layers first..stop-1.
 
     `end` says what it ends with: "cut" after the attention of the last layer, whose experts follow
@@ -40,8 +38,7 @@ class Span:
         return range(self.first, self.stop - 1 if self.end == "cut" else self.stop)
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """The experts of `layer`, wherever they are."""
 
     layer: int

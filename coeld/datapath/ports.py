@@ -80,10 +80,23 @@ class Waiter(Protocol):
         ...
 
 
+class Held:
+    """Experts of one layer that are here, in the order in which they run without moving their gate
+    weights first."""
+
+    __slots__ = ("columns", "experts", "order")
+
+    def __init__(self, order: Sequence[int] = ()) -> None:
+        self.order = tuple(order)
+        self.experts = frozenset(order)
+        self.columns: NDArray[np.intp] = np.array(self.order, np.intp)
+        """The same order, to pick gate weights with."""
+
+
 class ExpertRunner(Protocol):
     """See coeld.engine.experts.ExpertSet."""
 
-    def here(self, layer: int) -> frozenset[int]: ...
+    def here(self, layer: int) -> Held: ...
     def run(self, layer: int, experts: Sequence[int], x: Rows, gates: Gates | None) -> Rows: ...
 
 

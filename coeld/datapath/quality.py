@@ -95,7 +95,7 @@ class Quality:
 
     def count(self, layer: int, traffic: Traffic, rows: int, hidden: int, branches: int) -> None:
         """A call for one of a layer's `branches` has been answered."""
-        c = sensitivity(layer, self.layers)
+        c = sensitivity(layer, self.layers) if traffic.errors != EXACT else EXACT
         self._add(traffic, c, rows / branches, 2 * rows * hidden)
 
     def count_hop(self, traffic: Traffic, rows: int, values: int) -> None:

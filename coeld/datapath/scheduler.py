@@ -182,6 +182,7 @@ class Scheduler:
         """What a token took that had nobody else's turns, nor a search for owners, in it."""
         split, before, request.stepped = request.split, request.stepped, None
         costs = self._decoder.costs
+        costs.begin_token()
         if not rows == len(self.active) == 1 or request.routes != costs.routes:
             return
         request.stepped = now, split.spent_s, split.cuts, len(request.stalls_s)

@@ -177,8 +177,8 @@ class Walker:
         split, traffic = errand.split, reply.traffic
         took_s, computed_s = time.monotonic() - started_s, reply.computed_us / 1e6
         split.away(took_s, computed_s)
-        if len(x) == 1:
-            costs = self._dispatcher.costs
+        costs = self._dispatcher.costs
+        if len(x) == 1 and costs.listening:
             costs.note(layers_work(leg.stop - leg.first, leg.node), computed_s)
             costs.note(reach_work(leg.node), took_s - computed_s)
         split.sent_bytes += traffic.sent_bytes

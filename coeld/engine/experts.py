@@ -7,12 +7,14 @@ the decoder and the peers' connections run it.
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from coeld.datapath.ports import Held
 from coeld.engine.feed_forward import session_order
 from coeld.engine.graphs import expert_graph
 from coeld.engine.narrow import NarrowBlobs
@@ -24,17 +26,17 @@ from coeld.model.manifest import Manifest, tensor_bytes
 from coeld.model.narrow import narrow_ref, narrowed
 from coeld.model.store import Store
 
+NONE: Final = Held()
+
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """The experts of one layer that are here, in the order of the session's gate columns."""
+    """The experts of one layer that are here; their order is that of the session's gate columns."""
 
-    experts: tuple[int, ...]
+    held: Held
     session: Session
-    in_order: bool
-    """Whether these are all experts of the layer, in their own order."""
-    held: frozenset[int]
-    """The same experts."""
+    places: Mapping[int, int]
+    """Where each is among them."""
 
 
 class ExpertSet:
@@ -71,10 +73,10 @@ class ExpertSet:
         narrow = (narrow_ref(shape, experts[lot.layer][lot.expert]) for lot in self._narrow)
         return stored + sum(map(tensor_bytes, narrow))
 
-    def here(self, layer: int) -> frozenset[int]:
+    def here(self, layer: int) -> Held:
         """Experts of the layer that `run` can run."""
         resident = self._layers.get(layer)
-        return resident.held if resident else frozenset()
+        return resident.held if resident else NONE
 
     def load(self, lots: Iterable[Lot], narrow: bool = False) -> None:
         """Read these lots from the store, to hold them as they are stored, or `narrow`.
@@ -150,12 +152,13 @@ class ExpertSet:
         (any more).
         """
         resident = self._layers.get(layer)
-        if resident is None or not resident.held.issuperset(experts):
+        if resident is None or not resident.held.experts.issuperset(experts):
             raise PeerRefused(f"layer {layer}: not all of the experts {list(experts)} are here")
-        if gates is None or not resident.in_order or len(experts) != len(resident.experts):
-            places = [resident.experts.index(expert) for expert in experts]
-            columns = np.zeros((len(x), len(resident.experts)), np.float32)
-            columns[:, places] = 1 if gates is None else gates
+        if gates is None or experts != resident.held.order:
+            columns = np.zeros((len(x), len(resident.held.order)), np.float32)
+            columns[:, [resident.places[expert] for expert in experts]] = (
+                1 if gates is None else gates
+            )
             gates = columns
         result: NDArray[np.float32] = resident.session.ort.run(("y",), {"x": x, "gates": gates})[0]
         return result
@@ -173,8 +176,8 @@ class ExpertSet:
         if not experts:
             return None
         graph = expert_graph(manifest, NarrowBlobs(self._store), layer, experts)
-        in_order = experts == tuple(range(self._manifest.shape.experts))
-        return Resident(experts, make_session(graph), in_order, frozenset(experts))
+        places = {expert: place for place, expert in enumerate(experts)}
+        return Resident(Held(experts), make_session(graph), places)
 
     def _rebuild(self, layers: Collection[int], held: frozenset[Lot]) -> None:
         """The sessions of these layers, with what is held of them."""

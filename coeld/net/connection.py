@@ -13,7 +13,7 @@ from typing import Final
 from coeld.compression.prediction import Past
 from coeld.datapath import frames
 from coeld.datapath.frames import HEADER, Header
-from coeld.net.exchange import peer_errors
+from coeld.net.exchange import peer_error
 from coeld.net.sockets import prepare
 
 RECEIVE_BYTES: Final = 1 << 14
@@ -36,7 +36,7 @@ class Connection:
 
     def send(self, pieces: list[bytes | memoryview], within_s: float) -> None:
         """Write all pieces with as few system calls as possible. Raises PeerGone, PeerSlow."""
-        with peer_errors:
+        try:
             try:
                 sent = self.sock.sendmsg(pieces, (), socket.MSG_DONTWAIT)
             except BlockingIOError:
@@ -51,16 +51,19 @@ class Connection:
                 else:
                     sent -= len(piece)
             self.sock.settimeout(None)
+        except OSError as exc:
+            raise peer_error(exc) from exc
 
     def receive(self, idle_s: float | None, frame_s: float) -> tuple[Header, memoryview]:
         """The next frame: wait `idle_s` for its first byte (None: for ever), then `frame_s`.
 
         The payload is a view that the next call overwrites. Raises PeerGone, PeerSlow, FrameError.
         """
-        rest = self._in[self._taken : self._have]
-        self._in[: len(rest)] = rest
-        self._have, self._taken = len(rest), 0
-        with peer_errors:
+        left = self._have - self._taken
+        if left:
+            self._in[:left] = self._in[self._taken : self._have]
+        self._have, self._taken = left, 0
+        try:
             if not self._have:
                 self._more(idle_s)
             deadline_s = time.monotonic() + frame_s
@@ -72,8 +75,10 @@ class Connection:
                 wider[: self._have] = memoryview(self._in)[: self._have]
                 self._in = wider
             self._until(size, deadline_s)
-            self._taken = size
-            return header, memoryview(self._in)[HEADER.size : size]
+        except (OSError, EOFError) as exc:
+            raise peer_error(exc) from exc
+        self._taken = size
+        return header, memoryview(self._in)[HEADER.size : size]
 
     def arrives(self, within_s: float) -> bool:
         """Whether anything of the next frame is there, by then, or the connection is gone."""

@@ -11,7 +11,6 @@ import select
 import socket
 import struct
 import time
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +31,8 @@ PIECES_MAX: Final = 64
 TCP_INFO_BYTES: Final = 192
 UNWATCHED_S: Final = 0.0001
 """Between two looks at a connection; longer, and its caller has done something else meanwhile."""
+NEVER: Final = float("inf")
+NOTHING: Final = Traffic()
 Rows = NDArray[np.float32]
 
 
@@ -50,7 +51,10 @@ class ExpertCall:
     outcome: Rows | PeerError | None = None
     computed_us: int = 0
     """Of its time, what the peer computed."""
-    traffic: Traffic = field(default_factory=Traffic)
+    out: Traffic = NOTHING
+    """Its rows on their way out."""
+    traffic: Traffic = NOTHING
+    """They and the answer, once it has come."""
     beyond_s: float | None = None
     """Of its time, what the peer did not compute, if somebody saw the answer come."""
     sent: Rows | None = None
@@ -81,16 +85,20 @@ class Exchange:
     """What the last call left on both ends."""
     watched_s: float = 0.0
     """Since when its caller has done nothing but wait for it, or for others as well."""
-    redial_at_s: float = float("inf")
+    redial_at_s: float = NEVER
     """If it is not connected by then, another attempt is to be made: `pump` does so."""
     _where: tuple[str, int] = ("", 0)
     """What the socket connects to."""
     _redial_s: float = DIAL_S
     _resent: int = 0
     _greeted: bool = False
-    _out: deque[memoryview] = field(default_factory=deque)
+    _out: list[bytes | memoryview] = field(default_factory=list)
     _in: bytearray = field(default_factory=lambda: bytearray(1 << 14))
     _have: int = 0
+    _poller: select.poll = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._poller = _reading(self.sock)
 
     @staticmethod
     def open(
@@ -104,11 +112,13 @@ class Exchange:
         via, where = through or (None, address)
         if via is not None:
             hello = {**hello, "to": node}
-        with peer_errors:
+        try:
             sock = dial(where)
+        except OSError as exc:
+            raise peer_error(exc) from exc
         exchange = Exchange(node, address, sock, via, _where=where)
         exchange.redial_at_s = time.monotonic() + DIAL_S
-        exchange._out.extend(map(memoryview, frames.pack_text(Kind.HELLO, 0, hello)))
+        exchange._out += frames.pack_text(Kind.HELLO, 0, hello)
         return exchange
 
     @property
@@ -124,20 +134,28 @@ class Exchange:
     def begin(self, call: ExpertCall, pieces: list[bytes | memoryview]) -> None:
         """Queue a call. `pieces` must not change before they are sent. Raises PeerError."""
         assert self.call is None
-        self._out.extend(map(memoryview, pieces))
         self.call, self.past = call, None
         self.silent_s = self.watched_s = call.started_s
-        with peer_errors:
+        self._out += pieces
+        try:
             self._send()
+        except OSError as exc:
+            raise peer_error(exc) from exc
 
     def pump(self) -> None:
         """Send and receive what can be without waiting. Raises PeerError: then close it."""
-        with peer_errors:
-            if self.redial_at_s <= (now_s := time.monotonic()):
+        try:
+            if self.redial_at_s < NEVER and self.redial_at_s <= (now_s := time.monotonic()):
                 self._redial(now_s)
             if self._out:
                 self._send()
             self._receive()
+        except (OSError, EOFError) as exc:
+            raise peer_error(exc) from exc
+
+    def wait(self, within_s: float) -> bool:
+        """Whether something has arrived, by then, or the connection is gone."""
+        return bool(self._poller.poll(max(0.0, within_s) * 1000))
 
     def resent(self) -> int:
         """How many packets had to be sent again since the last look."""
@@ -159,26 +177,31 @@ class Exchange:
         poller = select.poll()
         poller.register(self.sock, select.POLLOUT)
         if poller.poll(0):
-            self.redial_at_s = float("inf")
+            self.redial_at_s = NEVER
             return
         self.sock.close()
         self.sock = dial(self._where)
+        self._poller = _reading(self.sock)
         self._resent = 0
         self._redial_s *= 2
         self.redial_at_s = now_s + self._redial_s
 
     def _send(self) -> None:
-        while self._out:
-            pieces = [self._out[n] for n in range(min(len(self._out), PIECES_MAX))]
+        out = self._out
+        while out:
             try:
-                sent = self.sock.sendmsg(pieces)
+                sent = self.sock.sendmsg(out if len(out) <= PIECES_MAX else out[:PIECES_MAX])
             except BlockingIOError:
                 return
-            self.redial_at_s = float("inf")
-            while self._out and sent >= len(self._out[0]):
-                sent -= len(self._out.popleft())
+            self.redial_at_s = NEVER
+            whole = 0
+            for piece in out:
+                if sent < len(piece):
+                    break
+                sent, whole = sent - len(piece), whole + 1
+            del out[:whole]
             if sent:
-                self._out[0] = self._out[0][sent:]
+                out[0] = memoryview(out[0])[sent:]
 
     def _receive(self) -> None:
         full = True
@@ -193,13 +216,11 @@ class Exchange:
             full = got == len(room)
             room.release()
             self._have += got
-            while self._take():
+            while self._have >= HEADER.size and self._take():
                 pass
 
     def _take(self) -> bool:
-        """Deliver one frame if all of it is there; else make room for the rest of it."""
-        if self._have < HEADER.size:
-            return False
+        """Deliver the frame that begins here if all of it is there; else make room for the rest."""
         header = frames.parse_header(memoryview(self._in)[: HEADER.size])
         self._check(header)
         size = HEADER.size + header.payload_bytes
@@ -208,9 +229,10 @@ class Exchange:
                 self._in.extend(bytes(size - len(self._in)))
             return False
         self._deliver(header, memoryview(self._in)[HEADER.size : size])
-        rest = self._in[size : self._have]
-        self._in[: len(rest)] = rest
-        self._have = len(rest)
+        left = self._have - size
+        if left:
+            self._in[:left] = self._in[size : self._have]
+        self._have = left
         return True
 
     def _check(self, header: Header) -> None:
@@ -242,26 +264,24 @@ class Exchange:
             rows, call.computed_us = frames.unpack_result(header, payload)
             call.outcome = rows.copy()  # the buffer is the connection's
             received_bytes = header.payload_bytes - frames.COMPUTED.size
-            call.traffic = call.traffic.back(received_bytes, header.error)
+            call.traffic = call.out.back(received_bytes, header.error)
             if call.sent is not None:
                 self.past = Past(call.sent, call.outcome)
         self.call = None
 
 
-class _PeerErrors:
-    """Turns what sockets raise into PeerSlow and PeerGone. One for all: it is entered four times a
-    call, and a generator would be made for each."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _kind: object, exc: BaseException | None, _trace: object) -> None:
-        if isinstance(exc, TimeoutError):  # before OSError: it is a subclass of it
-            raise PeerSlow("no answer before the deadline") from exc
-        if isinstance(exc, OSError | EOFError):
-            raise PeerGone(f"connection lost: {exc!r}") from exc
+def _reading(sock: socket.socket) -> select.poll:
+    """Tells when something has arrived."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return poller
 
 
-peer_errors: Final = _PeerErrors()
+def peer_error(exc: OSError | EOFError) -> PeerError:
+    """What a socket raised, as PeerSlow or PeerGone."""
+    if isinstance(exc, TimeoutError):  # before OSError: it is a subclass of it
+        return PeerSlow("no answer before the deadline")
+    return PeerGone(f"connection lost: {exc!r}")
 
 
 def resent_of(sock: socket.socket) -> int:

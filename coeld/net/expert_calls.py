@@ -20,7 +20,7 @@ from typing import Any, Final
 from coeld.compression.transfer import LinkSpeed, encode_for, leaves_past, received
 from coeld.datapath import frames
 from coeld.datapath.links import LinkMeter
-from coeld.datapath.pace import Paces
+from coeld.datapath.pace import TELLING, Paces
 from coeld.datapath.quality import EXACT, Errors, Traffic
 from coeld.errors import PeerError, PeerOwes, PeerSlow
 from coeld.ids import NodeId
@@ -96,24 +96,25 @@ class ExpertCalls:
     ) -> ExpertCall:
         """Begin to send rows (n, H) that may err so much. Never waits. Raises PeerError; PeerOwes
         if nothing is wrong but that earlier calls have not been answered yet."""
+        call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
         if self._owing:
             self._sweep()
-        call_id, now_s = next(self._ids) & 0xFFFFFFFF, time.monotonic()
-        owed_max = OWED_LOSSY_MAX if self.paces.losses.lossy((node,), now_s) else OWED_MAX
-        if sum(exchange.node == node for exchange in self._owing) >= owed_max:
-            raise PeerOwes(f"{owed_max} answers are owed")
+            self._check_owed(node, now_s)
         exchange = self._taken(node, address, now_s) or self._opened(node, address)
         if exchange.via is not None and (straight := self._reach.look(node, address)) is not None:
             exchange.close()
             self.hang_up(node)
             exchange = straight
         deadline_s = now_s + self._call_deadline_s + self.paces.allowed_s(node, len(x))
-        first = not exchange.greeted
-        call = ExpertCall(exchange, call_id, (layer, x.shape), now_s, deadline_s, first)
-        past, link = exchange.past, self.links.get(node)
-        coded = encode_for(link, x, errors[0], past)
-        keep = leaves_past(link, coded)
-        call.traffic = Traffic.out(x, coded)
+        call = ExpertCall(
+            exchange, call_id, (layer, x.shape), now_s, deadline_s, not exchange.greeted
+        )
+        coded, keep, past = None, False, exchange.past
+        if errors[0] > 0:
+            link = self.links.get(node)
+            coded = encode_for(link, x, errors[0], past)
+            keep = leaves_past(link, coded)
+        call.out = Traffic.out(x, coded)
         pieces = frames.pack_experts(call_id, layer, experts, x, gates, coded, errors[1], keep)
         try:
             exchange.begin(call, pieces)
@@ -200,6 +201,12 @@ class ExpertCalls:
                 return exchange
             exchange.close()
 
+    def _check_owed(self, node: NodeId, now_s: float) -> None:
+        """Raises PeerOwes."""
+        owed_max = OWED_LOSSY_MAX if self.paces.losses.lossy((node,), now_s) else OWED_MAX
+        if sum(exchange.node == node for exchange in self._owing) >= owed_max:
+            raise PeerOwes(f"{owed_max} answers are owed")
+
     def _opened(self, node: NodeId, address: tuple[str, int]) -> Exchange:
         through = self._reach.through(node)
         try:
@@ -212,20 +219,31 @@ class ExpertCalls:
 
     def _wait(self, exchanges: Sequence[Exchange], until_s: float) -> None:
         """Wait for any of these, one call each; end what is overdue."""
-        poller, by_fd, now_s = select.poll(), {}, time.monotonic()
-        for exchange in exchanges:
-            exchange.watch(now_s)
-            poller.register(exchange.sock, 5 if exchange.sending else 1)  # POLLIN 1, POLLOUT 4
-            by_fd[exchange.sock.fileno()] = exchange
-            assert exchange.call is not None
-            until_s = min(until_s, exchange.call.deadline_s, exchange.redial_at_s)
-        for fd, _events in poller.poll(max(0.0, until_s - time.monotonic()) * 1000):
-            self._pump(by_fd[fd])
         now_s = time.monotonic()
         for exchange in exchanges:
-            if exchange.call is not None and exchange.redial_at_s <= now_s:
-                self._pump(exchange)
-            self._end_if_overdue(exchange, now_s)
+            exchange.watch(now_s)
+            assert exchange.call is not None
+            until_s = min(until_s, exchange.call.deadline_s, exchange.redial_at_s)
+        if len(exchanges) == 1 and not exchanges[0].sending:
+            if exchanges[0].wait(until_s - now_s):
+                self._pump(exchanges[0])
+        else:
+            self._pump_ready(exchanges, until_s - now_s)
+        now_s = time.monotonic()
+        for exchange in exchanges:
+            if exchange.call is not None:
+                if exchange.redial_at_s <= now_s:
+                    self._pump(exchange)
+                self._end_if_overdue(exchange, now_s)
+
+    def _pump_ready(self, exchanges: Sequence[Exchange], within_s: float) -> None:
+        """Wait for any of several, to read from or to write to."""
+        poller, by_fd = select.poll(), {}
+        for exchange in exchanges:
+            poller.register(exchange.sock, 5 if exchange.sending else 1)  # POLLIN 1, POLLOUT 4
+            by_fd[exchange.sock.fileno()] = exchange
+        for fd, _events in poller.poll(max(0.0, within_s) * 1000):
+            self._pump(by_fd[fd])
 
     def _sweep(self) -> None:
         """Look at what is owed."""
@@ -279,7 +297,8 @@ class ExpertCalls:
                 stats.rtt_us.append(int(took_s * 1e6))
                 if not call.first:
                     self.paces.took(call.node, call.rows, took_s, now_s)
-                self.paces.needed(call.node, took_s, call.rows)
+                if call.rows >= TELLING:
+                    self.paces.needed(call.node, took_s, call.rows)
             free = self._free.setdefault(call.node, [])
             if len(free) < FREE_CONNECTIONS_MAX:
                 free.append(call.exchange)

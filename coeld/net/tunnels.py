@@ -9,9 +9,8 @@ import select
 import socket
 from typing import Final
 
-from coeld.errors import PeerError
 from coeld.net import sockets
-from coeld.net.exchange import peer_errors
+from coeld.net.exchange import peer_error
 
 CONNECT_S: Final = 0.5
 STUCK_S: Final = 5.0
@@ -21,19 +20,20 @@ PIECE_BYTES: Final = 1 << 16
 
 def connect(address: tuple[str, int]) -> socket.socket:
     """Raises PeerGone, PeerSlow."""
-    with peer_errors:
+    try:
         return sockets.connect(address, CONNECT_S)
+    except OSError as exc:
+        raise peer_error(exc) from exc
 
 
 def hand_on(address: tuple[str, int], said: bytes) -> socket.socket:
     """Connect for a caller and pass on what it has said so far. Raises PeerGone, PeerSlow."""
     onward = connect(address)
     try:
-        with peer_errors:
-            onward.sendall(said)
-    except PeerError:
+        onward.sendall(said)
+    except OSError as exc:
         onward.close()
-        raise
+        raise peer_error(exc) from exc
     return onward
 
 
@@ -41,10 +41,10 @@ def carry(one: socket.socket, other: socket.socket) -> None:
     """Carry bytes both ways until an end closes or is stuck. Raises PeerGone, PeerSlow."""
     ends = {one.fileno(): (one, other), other.fileno(): (other, one)}
     poller, piece = select.poll(), memoryview(bytearray(PIECE_BYTES))
-    with peer_errors:
-        for sock in (one, other):
-            sock.settimeout(STUCK_S)
-            poller.register(sock, select.POLLIN)
+    for sock in (one, other):
+        sock.settimeout(STUCK_S)
+        poller.register(sock, select.POLLIN)
+    try:
         while True:
             for fd, _events in poller.poll():
                 source, sink = ends[fd]
@@ -52,3 +52,5 @@ def carry(one: socket.socket, other: socket.socket) -> None:
                 if not got:
                     return
                 sink.sendall(piece[:got])
+    except OSError as exc:
+        raise peer_error(exc) from exc

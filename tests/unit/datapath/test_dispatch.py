@@ -11,6 +11,7 @@ from coeld.compression.transfer import SENSITIVITY_FIRST
 from coeld.datapath.costs import Costs, Work, lots_work
 from coeld.datapath.dispatch import Dispatcher, RouteBoard, Stall
 from coeld.datapath.pace import Paces
+from coeld.datapath.ports import Held
 from coeld.datapath.quality import EXACT, Quality, Traffic
 from coeld.datapath.request import Cancelled, Request
 from coeld.errors import NotCovered, PeerGone, PeerOwes, PeerRefused, PeerSlow
@@ -40,8 +41,8 @@ class Runner:
     def __init__(self, here: set[int]) -> None:
         self.experts = here
 
-    def here(self, layer: int) -> frozenset[int]:
-        return frozenset(self.experts)
+    def here(self, layer: int) -> Held:
+        return Held(sorted(self.experts, key=lambda expert: (expert % 2, expert)))
 
     def run(self, layer: int, experts, x, gates):
         if not set(experts) <= self.experts:

@@ -41,6 +41,8 @@ class Learned:
     def __init__(self) -> None:
         self.answers = self.routes = 0
 
+    def begin_token(self) -> None: ...
+
     def note(self, work, took_s: float) -> None:
         assert took_s >= 0
         self.answers += work == ANSWER

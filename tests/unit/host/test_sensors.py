@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from coeld.host.battery import Battery, read_battery, spares
+from coeld.host.cgroups import cpu_cores, memory_limit
 from coeld.host.clock import HeatSensor, allowed_mhz
 from coeld.host.disk import Disk
 from coeld.host.gpu import Gpu, GpuSensor
-from coeld.host.cgroups import cpu_cores, memory_limit
 from coeld.host.memory import anonymous_bytes, read_memory
 from coeld.host.sensors import Sensors
 
