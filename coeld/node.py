@@ -151,7 +151,7 @@ class Node:
         """For one about to leave: does nobody else serve some lot yet, though others have room?"""
         if self.demand is None or not self._room().others_suffice:
             return False
-        return not self.market.elsewhere().issuperset(self.migration.serving)
+        return not self.market.taken_over(self.migration.serving)[0] >= {*self.migration.serving}
 
     def holders(self) -> list[tuple[ModelHash, str, int]]:
         """Which model the other devices have, and where each serves its blobs."""
@@ -346,7 +346,7 @@ class Node:
         mine = self.market.won()
         narrow = self.widths.want(demand, mine, room.beside_trunk_bytes, held, now)
         sizes = room.capacity_bytes, room.fill_bytes(self._most, self._whole)
-        there, gone = self.market.elsewhere(), self.market.replaced(self.migration.serving)
+        there, gone = self.market.taken_over(self.migration.serving)
         moving = settled and self.rollout.serving
         return Wish(mine, there, *sizes, urgent, moving, narrow, now, gone)
 

@@ -6,7 +6,15 @@ Also since when that rests: the auction is quiet when no claim has changed for a
 from collections.abc import Iterable, Mapping
 
 from coeld.deployment.auction import Offer, Task, leaders
-from coeld.deployment.placement import Quiet, elsewhere, owners, replaced, serving, won
+from coeld.deployment.placement import (
+    Quiet,
+    elsewhere,
+    outlasting,
+    owners,
+    replaced,
+    serving,
+    won,
+)
 from coeld.deployment.proposal import Facts
 from coeld.deployment.room import Room
 from coeld.deployment.supply import facts_of
@@ -121,20 +129,25 @@ class Market:
         """Lots won here, and which copy."""
         return won(self._perception.me, self.leaders())
 
-    def elsewhere(self) -> set[Lot]:
-        """Lots that a device other than this one serves beyond suspicion and will go on to serve:
-        what is only at those that leave, or run out of battery, is as urgent as a hole."""
-        records = self.records()
-        going = {record.origin for record in records if record.sparing}
-        return elsewhere(records, self._me, self._perception.suspects() | going)
+    def taken_over(self, held: Iterable[Lot]) -> tuple[set[Lot], set[Lot]]:
+        """Lots that another device serves beyond suspicion and will go on to serve; and, of those
+        `held` here, lots lost to others all of whom serve them.
 
-    def replaced(self, held: Iterable[Lot]) -> set[Lot]:
-        """Of the lots held here, those lost to others all of whom serve them."""
+        What is only at devices that leave, or run out of battery, is as urgent as a hole. So is, of
+        what is held here and lost, what is only at those who may let go of it as we may.
+        """
+        records, me, suspects = self.records(), self._perception.me, self._perception.suspects()
+        unsure = suspects | {record.origin for record in records if record.sparing}
+        there = elsewhere(records, me.origin, unsure)
         mine = self.won()
         lost = [lot for lot in held if lot not in mine]
         if not lost:
-            return set()
-        return replaced(lost, self.records(), self.leaders(), self._perception.suspects())
+            return there, set()
+        leading = self.leaders()
+        if not me.sparing:  # on who leaves nobody counts
+            sure = outlasting(lost, me.origin, records, leading, unsure)
+            there = there.difference(lost) | sure
+        return there, replaced(lost, records, leading, suspects)
 
     def room(self, narrow: bool) -> Room:
         """Memory here and elsewhere; `narrow`: some lots have to be held in fewer bits."""
