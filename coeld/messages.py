@@ -43,6 +43,7 @@ COPIES_MAX = 8
 NAME_CHARS_MAX = 64
 HOST_CHARS_MAX = 253
 COUNTER_MAX = 2**53 - 1  # what every JSON reader keeps exact
+CUT_US_MAX = 10**7
 BID_MAX = 2**62
 
 _NODE_ID = re.compile(r"[0-9a-f]{16}\Z")
@@ -101,7 +102,8 @@ class Record:
     blob_port: int = 0
     """Where it serves the weights it has on disk; 0: nowhere."""
     row_mb_per_s: int = 0
-    """0: unknown. See coeld.view.Resources."""
+    """0: unknown. See coeld.view.Resources, as of `cut_us`."""
+    cut_us: int = 0
     sparing: bool = False
     """It runs on a low battery: it takes what nobody else can."""
     asked: Asked = NOTHING
@@ -298,9 +300,9 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         "epoch": record.epoch,
         "routes": record.fingerprint,
     }
-    names = "rows", "sparing", "wide", "context", "probed"
+    names = "rows", "cut", "sparing", "wide", "context", "probed"
     flags = record.sparing, record.stays_wide
-    told = record.row_mb_per_s, *flags, record.context_tokens, record.probed
+    told = record.row_mb_per_s, record.cut_us, *flags, record.context_tokens, record.probed
     value |= {name: int(number) for name, number in zip(names, told, strict=True) if number}
     if record.asked != NOTHING:
         value["asked"] = asked_to_json(record.asked)
@@ -352,6 +354,7 @@ def _record(value: Any) -> Record:
         cpu_load_percent=_int(value.get("load"), "load", 100),
         kernel_mb_per_s=_int(value.get("speed"), "speed", COUNTER_MAX),
         row_mb_per_s=_int(value.get("rows", 0), "rows", COUNTER_MAX),
+        cut_us=_int(value.get("cut", 0), "cut", CUT_US_MAX),
         sparing=bool(_int(value.get("sparing", 0), "sparing", 1)),
         asked=asked_from_json(value["asked"]) if "asked" in value else NOTHING,
         versions=_versions(value["versions"]) if "versions" in value else NO_VERSIONS,

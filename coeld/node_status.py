@@ -67,6 +67,7 @@ def _member(
         "memory_budget_bytes": known.memory_budget_bytes,
         "kernel_mb_per_s": known.kernel_mb_per_s,
         "row_mb_per_s": known.row_mb_per_s,
+        "cut_us": known.cut_us,
         "sparing": known.sparing,
         "stays_wide": known.stays_wide,
         "asked_per_min": _asked(known) if here else None,

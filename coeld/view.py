@@ -22,6 +22,8 @@ class Resources:
     """Weight bytes per second that this device's own int8 kernels read in decode, in MB/s."""
     row_mb_per_s: int = 0
     """Weight bytes × rows per microsecond of the same kernels with many rows; 0: unknown."""
+    cut_us: int = 0
+    """Work of this device's processor for a call of experts, at both ends; 0: unknown."""
     memory_pressure_percent: int = 0
     """0..100: of the last minute, in which everything that could run waited for memory."""
     sparing: bool = False

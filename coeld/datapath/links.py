@@ -1,9 +1,9 @@
 """What the links to peers are like: round trip and bandwidth, from calls that travel anyway. Pure.
 
-A call takes what the peer computes, which it tells, and what the link takes: the network, a wake-up
-on each side, packing. The latter of small calls, less their payload, is a round trip as a cut pays
-it. Median and 99th percentile are taken over an interval between two looks, and of those the
-medians over the last INTERVALS: an outlier moves the 99th percentile, a burst of a few seconds
+A call takes what the peer computes, which it tells, what packing it took here, and what the link
+takes: the network and a wake-up on each side. The latter of small calls, less their payload, is the
+round trip. Median and 99th percentile are taken over an interval between two looks, and of those
+the medians over the last INTERVALS: an outlier moves the 99th percentile, a burst of a few seconds
 neither. Nothing is said before SURE of them. Links without calls are probed now and then with a few
 empty frames (`due`).
 

@@ -49,7 +49,8 @@ SPREADS_BY_EIGHTH: Final = tuple(
 CALL_US: Final = 70
 """One more graph call in the engine (ONNX Runtime from Python, measured on x86-64)."""
 CUT_US: Final = 150
-"""Packing rows, waking a peer and adding sums, beyond the link's round trip."""
+"""Choosing owners, packing rows and adding sums, beyond the link's round trip, where nobody has
+measured it: both ends together. Two thirds of it are the asker's work."""
 ROW_VALUE_BYTES: Final = 4
 """Rows travel as float32."""
 ROW_SPEED: Final = 8
@@ -91,6 +92,8 @@ class Device:
     weight: int = 1
     """How many of the swarm's tokens it is asked for, relative to others; 0: none."""
     call_us: int = CALL_US
+    cut_us: int = CUT_US
+    """What the work of a call takes there if both ends are there."""
 
 
 class Link(NamedTuple):
@@ -131,11 +134,9 @@ class CostModel:
         links: Links,
         free_calls: bool = False,
         spans: bool = True,
-        cut_us: int = CUT_US,
     ) -> None:
         """`free_calls`: reaching another device costs nothing, to see what calls cost; `spans`:
-        devices serve whole layers in one go where that is cheaper; `cut_us`: what a call costs
-        beyond the link and the computing."""
+        devices serve whole layers in one go where that is cheaper."""
         self.demand = demand
         self.spans = spans
         self.devices = tuple(devices)
@@ -145,7 +146,6 @@ class CostModel:
         self.tiers = tuple(devices[d].tiers[t] for d, t in self.sites)
         self.askers = tuple(d for d, device in enumerate(devices) if device.weight > 0)
         self.links = links
-        self._cut_us = cut_us
         self._void, self._when_called = _tables(demand.experts, demand.used)
         self._scale = max(1, demand.used * PPM // SHARES)
         self._reach = [
@@ -178,7 +178,11 @@ class CostModel:
         link = self.links(self.devices[asker].node, device.node)
         payload = 2 * self.demand.hidden * ROW_VALUE_BYTES
         wire = link.rtt_us * 1000 + payload * 1000 // max(1, link.mb_per_s)
-        return wire + (device.queue_us + device.call_us + self._cut_us) * 1000
+        return wire + (device.queue_us + device.call_us + self.cut_us(asker, home)) * 1000
+
+    def cut_us(self, asker: int, home: int) -> int:
+        """What a call costs beyond the link and the computing."""
+        return (2 * self.devices[asker].cut_us + self.devices[home].cut_us) // 3
 
     # ---- one layer -------------------------------------------------------------------------
 

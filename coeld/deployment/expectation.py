@@ -9,7 +9,7 @@ devices told of themselves and their links. Pure.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from coeld.deployment.cost import CUT_US, CostModel, Device, Link, Share, Tier
+from coeld.deployment.cost import CostModel, Device, Link, Share, Tier
 from coeld.deployment.popularity import observed
 from coeld.deployment.supply import facts_among
 from coeld.errors import FrameError
@@ -64,7 +64,7 @@ class _Expectation:
         )
         self._index = {device.node: i for i, device in enumerate(told.devices)}
         devices = [self._device(device) for device in told.devices]
-        self._model = CostModel(demand, devices, self._link, cut_us=0)
+        self._model = CostModel(demand, devices, self._link)
 
     def token_ns(self) -> int:
         here = self._cost("head", self._told.head_ns(self._index[self._me]))
@@ -87,10 +87,11 @@ class _Expectation:
         if (alone or spanned) and shares.keys() == {self._index[me]}:
             return self._whole_ns("")
         attention = self._cost("attention", self._told.attention_ns(self._index[me]))
-        total = attention + self._cost("cut", CUT_US * 1000)
-        if shares.keys() == {self._index[me]}:
-            total += self._model.devices[self._index[me]].call_us * 1000
-        return total + self._model.layer_ns(self._index[me], shares)
+        here = self._index[me]
+        total = attention + self._cost("cut", self._told.devices[here].cut_us * 1000)
+        if shares.keys() == {here}:
+            total += self._model.devices[here].call_us * 1000
+        return total + self._model.layer_ns(here, shares)
 
     def _shares(self, layer: int) -> dict[int, Share]:
         """Who is asked for how much of a layer, as coeld.datapath.dispatch asks: whoever serves
@@ -124,7 +125,8 @@ class _Expectation:
 
     def _reach_ns(self, node: NodeId) -> int:
         """As told: the link and what a call takes besides."""
-        return self._told.reach_ns(self._index[self._me], self._index[node]) - CUT_US * 1000
+        me, there = self._index[self._me], self._index[node]
+        return self._told.reach_ns(me, there) - self._told.cut_us(me, there) * 1000
 
     def _device(self, device: Device) -> Device:
         """With the speed that its lots were learned to have."""
@@ -134,7 +136,7 @@ class _Expectation:
         speed = max(1, self._demand.lot_bytes * 1000 // max(1, lot_ns))
         call_us = self._cost("call", device.call_us * 1000, node) // 1000
         fast = Tier(tier.name, tier.memory_bytes, speed)
-        return Device(device.node, (fast,), device.queue_us, device.weight, call_us)
+        return Device(device.node, (fast,), device.queue_us, device.weight, call_us, cut_us=0)
 
     def _link(self, a: NodeId, b: NodeId) -> Link:
         learned_ns = self._costs.get(("reach", b)) if a == self._me else None

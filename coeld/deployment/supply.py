@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from coeld.deployment.cost import LAN, Device, Link, Tier
+from coeld.deployment.cost import CUT_US, LAN, Device, Link, Tier
 from coeld.deployment.popularity import observed, weight
 from coeld.deployment.pricing import capacity
 from coeld.deployment.proposal import Facts, tie
@@ -106,7 +106,8 @@ def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
 
 def _device(record: Record, room_bytes: int) -> Device:
     tier = Tier("ram", room_bytes, *_speeds(record))
-    return Device(record.origin, (tier,), weight=weight(record.asked.rates))
+    cut_us = record.cut_us or CUT_US
+    return Device(record.origin, (tier,), weight=weight(record.asked.rates), cut_us=cut_us)
 
 
 def _lots_bytes(record: Record, demand: ModelDemand) -> int:

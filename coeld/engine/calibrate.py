@@ -18,6 +18,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime as ort
 
+from coeld.engine.cut_work import cut_us
 from coeld.engine.graph import ACCURACY, F32, I32, Graph
 from coeld.engine.kernels import KINDS, ROWS, Kernels, Kind, Timing
 from coeld.engine.sessions import make_session
@@ -89,7 +90,7 @@ def measure(clock_mhz: int = 0, limit_s: float = LIMIT_S) -> Kernels:
             made[kind] = MAKERS[kind]()
         found[kind].append(made[kind](rows))
     timings = {kind: tuple(sorted(ran, key=lambda t: t.rows)) for kind, ran in found.items()}
-    return Kernels(timings, clock_mhz)
+    return Kernels(timings, clock_mhz, cut_us())
 
 
 def memory_mb_per_s(threads: int) -> int:

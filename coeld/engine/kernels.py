@@ -45,6 +45,8 @@ class Kernels:
     timings: Mapping[Kind, tuple[Timing, ...]]
     clock_mhz: int = 0
     """The clock that the processor was allowed meanwhile; 0: unknown."""
+    cut_us: int = 0
+    """Work of this device's processor for one cut, at both ends (coeld.engine.cut_work)."""
     remembered: bool = False
     """Measured by an earlier engine on this machine."""
 
@@ -59,21 +61,24 @@ class Kernels:
             kind: [[t.rows, t.us, t.read_bytes, t.row_bytes] for t in timings]
             for kind, timings in self.timings.items()
         }
-        return {"runs": runs, "clock_mhz": self.clock_mhz, "remembered": self.remembered}
+        told = {"clock_mhz": self.clock_mhz, "cut_us": self.cut_us, "remembered": self.remembered}
+        return {"runs": runs, **told}
 
     @staticmethod
     def from_json(value: Any) -> "Kernels":
         """The inverse of `to_json`. Raises FrameError."""
         try:
             runs = {kind: tuple(map(_timing, value["runs"][kind])) for kind in KINDS}
-            clock_mhz, remembered = value["clock_mhz"], value["remembered"]
+            clock_mhz, cut_us = value["clock_mhz"], value["cut_us"]
+            remembered = value["remembered"]
         except (KeyError, TypeError) as exc:
             raise FrameError(f"measurements of kernels lack {exc}: they are ignored") from exc
         if any(not runs[kind] or runs[kind][0].rows != 1 for kind in ("dense", "experts")):
             raise FrameError("measurements of kernels lack one with a single row: ignored")
-        if type(clock_mhz) is not int or type(remembered) is not bool:
+        whole = type(clock_mhz) is type(cut_us) is int and 0 <= cut_us <= NUMBER_MAX
+        if not whole or type(remembered) is not bool:
             raise FrameError("measurements of kernels are malformed: they are ignored")
-        return Kernels(runs, clock_mhz, remembered)
+        return Kernels(runs, clock_mhz, cut_us, remembered)
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
         """For people: kind → rows → GB/s of weights and microseconds per row."""

@@ -8,7 +8,7 @@ held back. What of this is worth telling others is decided elsewhere (coeld.perc
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psutil
 
@@ -25,9 +25,20 @@ BUDGET_FRACTION: Final = 0.6
 SMOOTHING: Final = 0.3
 """Weight of the newest sample of load and memory in their exponential means."""
 
-Speeds = tuple[int, int, int]
-"""MB/s of weights in decode, weight bytes × rows per microsecond, clock in MHz meanwhile; 0s:
-not known."""
+
+class Speeds(NamedTuple):
+    """As measured; 0: not known."""
+
+    kernel_mb_per_s: int = 0
+    """Weights in decode."""
+    row_mb_per_s: int = 0
+    """Weight bytes × rows per microsecond."""
+    cut_us: int = 0
+    clock_mhz: int = 0
+    """What the processor was allowed meanwhile."""
+
+
+UNKNOWN: Final = Speeds()
 
 
 class Sensors:
@@ -46,14 +57,14 @@ class Sensors:
         self._sparing = False
         self._shown: dict[str, Any] = {}
 
-    def sample(self, speeds: Speeds = (0, 0, 0), engine_pid: int | None = None) -> Resources:
+    def sample(self, speeds: Speeds = UNKNOWN, engine_pid: int | None = None) -> Resources:
         """One measurement; `engine_pid`: whose memory counts as ours to use."""
         memory, heat, battery = read_memory(self._root), self._heat.read(), read_battery(self._root)
         held = anonymous_bytes(engine_pid, self._root) if engine_pid else 0
         self._room_bytes += SMOOTHING * (memory.available_bytes + held - self._room_bytes)
         self._load_percent += SMOOTHING * (psutil.cpu_percent() - self._load_percent)
         self._sparing = spares(battery, self._battery_least_percent, self._sparing)
-        kernel, row, measured_mhz = speeds
+        kernel, row, cut_us, measured_mhz = speeds
         slowed = heat.clock_mhz if 0 < heat.clock_mhz < measured_mhz else measured_mhz
         fresh = Resources(
             memory_budget_bytes=self._budget(),
@@ -61,6 +72,7 @@ class Sensors:
             cpu_load_percent=min(100, max(0, round(self._load_percent))),
             kernel_mb_per_s=_in_proportion(kernel, slowed, measured_mhz),
             row_mb_per_s=_in_proportion(row, slowed, measured_mhz),
+            cut_us=_in_proportion(cut_us, measured_mhz, slowed),
             memory_pressure_percent=memory.pressure_percent,
             sparing=self._sparing,
         )

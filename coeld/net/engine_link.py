@@ -40,6 +40,7 @@ from coeld.events import (
     Used,
 )
 from coeld.host.engine_process import EngineProcess
+from coeld.host.sensors import UNKNOWN, Speeds
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.measured import MeasuredLink
 from coeld.model.narrow import demand_of
@@ -109,13 +110,13 @@ class EngineLink:
         """As the engine last found them."""
 
     @property
-    def speeds(self) -> tuple[int, int, int]:
-        """Of the open model's kernels: MB/s in decode, weight bytes × rows per microsecond, and
-        the clock in MHz that was allowed while they were measured; 0: not known."""
+    def speeds(self) -> Speeds:
+        """Of the open model's kernels."""
         if self.kernels is None:
-            return 0, 0, 0
+            return UNKNOWN
         routed = self.model is not None and self.model.top_k > 0
-        return *self.kernels.speeds(routed), self.kernels.clock_mhz
+        kernels = self.kernels
+        return Speeds(*kernels.speeds(routed), kernels.cut_us, kernels.clock_mhz)
 
     @property
     def pid(self) -> int | None:

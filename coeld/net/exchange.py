@@ -57,6 +57,8 @@ class ExpertCall:
     """They and the answer, once it has come."""
     beyond_s: float | None = None
     """Of its time, what the peer did not compute, if somebody saw the answer come."""
+    sent_s: float = 0.0
+    """When it had been packed and handed to the kernel."""
     sent: Rows | None = None
     """Its rows as the peer has them, if the next call may refer to them."""
 

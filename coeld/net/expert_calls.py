@@ -121,6 +121,7 @@ class ExpertCalls:
         except PeerError as exc:
             self._break(exchange, exc)
             raise
+        call.sent_s = time.monotonic()
         if keep:
             call.sent = received(x, coded, past)
         return call
@@ -321,7 +322,8 @@ class ExpertCalls:
             return
         if straight and call.beyond_s is not None:
             payload_bytes = call.traffic.sent_bytes + call.traffic.received_bytes
-            self.meter.answered(call.node, call.beyond_s, payload_bytes, now_s)
+            link_s = call.beyond_s - (call.sent_s - call.started_s)
+            self.meter.answered(call.node, link_s, payload_bytes, now_s)
 
     def _end_if_overdue(self, exchange: Exchange, now_s: float) -> None:
         call = exchange.call

@@ -63,6 +63,7 @@ def market(record: Record) -> tuple[object, ...]:
         record.memory_budget_bytes,
         record.kernel_mb_per_s,
         record.row_mb_per_s,
+        record.cut_us,
         record.sparing,
         record.asked,
         record.stays_wide,

@@ -73,27 +73,33 @@ class Told:
         """
         told = self.resources
         budget = self.squeeze.budget(fresh, now)
-        speeds = fresh.kernel_mb_per_s, fresh.row_mb_per_s
+        speeds = fresh.kernel_mb_per_s, fresh.row_mb_per_s, fresh.cut_us
         if told is None:
-            kernel, row = map(stepped_speed, speeds)
+            kernel, row, cut_us = map(stepped_speed, speeds)
         else:
             if not _budget_moved(told.memory_budget_bytes, budget):
                 budget = told.memory_budget_bytes
-            kernel, row = map(stepped, (told.kernel_mb_per_s, told.row_mb_per_s), speeds)
-            before = (told.memory_budget_bytes, told.kernel_mb_per_s, told.row_mb_per_s)
+            before = told.kernel_mb_per_s, told.row_mb_per_s, told.cut_us
+            kernel, row, cut_us = map(stepped, before, speeds)
+            same = (budget, kernel, row, cut_us) == (told.memory_budget_bytes, *before)
             busy = abs(fresh.cpu_load_percent - told.cpu_load_percent) > LOAD_POINTS
-            if (budget, kernel, row) == before and not busy and fresh.sparing == told.sparing:
+            if same and not busy and fresh.sparing == told.sparing:
                 return False
         self.resources = replace(
-            fresh, memory_budget_bytes=budget, kernel_mb_per_s=kernel, row_mb_per_s=row
+            fresh,
+            memory_budget_bytes=budget,
+            kernel_mb_per_s=kernel,
+            row_mb_per_s=row,
+            cut_us=cut_us,
         )
         return True
 
     def facts(self) -> dict[str, Any]:
         """What `resources` mean for this device's record, by its fields."""
         assert self.resources is not None
-        names = "memory_budget_bytes", "cpu_load_percent", "kernel_mb_per_s", "row_mb_per_s"
-        return {name: getattr(self.resources, name) for name in (*names, "sparing")}
+        speeds = "kernel_mb_per_s", "row_mb_per_s", "cut_us"
+        names = "memory_budget_bytes", "cpu_load_percent", *speeds, "sparing"
+        return {name: getattr(self.resources, name) for name in names}
 
 
 def _budget_moved(before: int, budget: int) -> bool:

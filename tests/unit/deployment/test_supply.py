@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from coeld.asked import NOTHING, Asked, Rates
-from coeld.deployment.cost import LAN, Link
+from coeld.deployment.cost import CUT_US, LAN, Link
 from coeld.deployment.popularity import STRANGER, WEIGHT_MAX
 from coeld.deployment.supply import SPARING, UNNEEDED, facts_among, facts_of
 from coeld.ids import ModelHash, NodeId
@@ -34,6 +34,15 @@ def test_measured_speeds_become_the_tier_and_unknown_ones_are_assumed() -> None:
     first, second = facts_of(DEMAND, [record(A, 4000, 12_000), record(B, 4000)]).devices
     assert (first.tiers[0].mb_per_s, first.tiers[0].row_speed) == (4000, 12_000)
     assert second.tiers[0].row_speed == 8 * 4000
+
+
+def test_work_of_a_cut_counts_twice_where_rows_are_sent_and_once_where_they_arrive() -> None:
+    told = [replace(record(A, 4000), cut_us=900), replace(record(B, 4000), cut_us=300)]
+    model = facts_of(DEMAND, told).model()
+    assert (model.cut_us(0, 1), model.cut_us(1, 0)) == (700, 500)
+    assert model.reach_ns(0, 1) - model.reach_ns(1, 0) == 200_000
+    unknown = facts_of(DEMAND, [record(A, 4000), record(B, 4000)]).model()
+    assert unknown.cut_us(0, 1) == CUT_US
 
 
 def test_a_device_on_a_low_battery_counts_as_slow_and_takes_what_is_left() -> None:

@@ -91,6 +91,7 @@ WHOLE = kernels().to_json()
         WHOLE | {"runs": {kind: [[True, 1, 1, 1]] for kind in KINDS}},
         WHOLE | {"runs": dict.fromkeys(KINDS, 7)},
         WHOLE | {"clock_mhz": 1.5},
+        WHOLE | {"cut_us": -1},
     ],
 )
 def test_damaged_measurements_are_refused_and_measured_anew(

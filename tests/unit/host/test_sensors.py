@@ -17,7 +17,7 @@ from coeld.host.clock import HeatSensor, allowed_mhz
 from coeld.host.disk import Disk
 from coeld.host.gpu import Gpu, GpuSensor
 from coeld.host.memory import anonymous_bytes, read_memory
-from coeld.host.sensors import Sensors
+from coeld.host.sensors import Sensors, Speeds
 
 MEMINFO = "MemTotal:        8000000 kB\nMemFree:  100 kB\nMemAvailable:    5000000 kB\n"
 CPU = "sys/devices/system/cpu"
@@ -211,14 +211,15 @@ def test_without_zones_hwmon_is_read_and_sensors_that_lie_are_not(tmp_path: Path
 def test_a_clock_that_is_held_back_lowers_the_speeds_that_are_told(tmp_path: Path) -> None:
     tree(tmp_path, {**PI, "proc/meminfo": MEMINFO})
     one = sensors(tmp_path)
-    speeds = (8000, 40_000, 2400)
+    speeds = Speeds(8000, 40_000, 600, 2400)
     fresh = one.sample(speeds)
-    assert (fresh.kernel_mb_per_s, fresh.row_mb_per_s) == (8000, 40_000)
+    assert (fresh.kernel_mb_per_s, fresh.row_mb_per_s, fresh.cut_us) == (8000, 40_000, 600)
     tree(tmp_path, {f"{POLICY}/scaling_max_freq": "1200000\n"})
     fresh = one.sample(speeds)
-    assert (fresh.kernel_mb_per_s, fresh.row_mb_per_s) == (4000, 20_000)
-    assert one.sample((8000, 40_000, 1200)).kernel_mb_per_s == 8000  # it was, when measured
-    assert one.sample((8000, 40_000, 0)).kernel_mb_per_s == 8000
+    assert (fresh.kernel_mb_per_s, fresh.row_mb_per_s, fresh.cut_us) == (4000, 20_000, 1200)
+    held = one.sample(speeds._replace(clock_mhz=1200))  # it was, when measured
+    assert (held.kernel_mb_per_s, held.cut_us) == (8000, 600)
+    assert one.sample(speeds._replace(clock_mhz=0)).kernel_mb_per_s == 8000
     assert one.status()["heat"]["clock_mhz"] == 1200
 
 
@@ -353,7 +354,7 @@ def test_a_disk_is_measured_once_on_its_largest_file_and_remembered(tmp_path: Pa
 
 def test_this_machine_is_sampled() -> None:
     one = Sensors(0, 30, Disk(Path("/nonexistent"), Path("/nonexistent/disk.json")))
-    fresh = one.sample((1234, 5678, 0))
+    fresh = one.sample(Speeds(1234, 5678))
     assert (fresh.kernel_mb_per_s, fresh.row_mb_per_s) == (1234, 5678)
     assert 0 < fresh.memory_budget_bytes < read_memory().total_bytes
     assert 0 <= fresh.cpu_load_percent <= 100

@@ -20,6 +20,7 @@ from coeld.measured import MB_PER_S_MAX, RTT_US_MAX, MeasuredLink
 from coeld.messages import (
     BID_MAX,
     COUNTER_MAX,
+    CUT_US_MAX,
     Ask,
     Beat,
     Claim,
@@ -87,6 +88,7 @@ records = st.builds(
     cpu_load_percent=st.integers(0, 100),
     kernel_mb_per_s=counters,
     row_mb_per_s=counters,
+    cut_us=st.integers(0, CUT_US_MAX),
     sparing=st.booleans(),
     asked=st.builds(
         Asked,

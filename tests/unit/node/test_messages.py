@@ -39,6 +39,7 @@ RECORD = Record(
     cpu_load_percent=40,
     kernel_mb_per_s=3325,
     row_mb_per_s=25251,
+    cut_us=900,
     sparing=True,
     stays_wide=True,
     context_tokens=8192,

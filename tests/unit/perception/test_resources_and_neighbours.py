@@ -56,6 +56,16 @@ def test_a_low_battery_and_arithmetic_that_slows_down_are_told_alone() -> None:
     assert told.resources.sparing
 
 
+def test_work_for_cuts_is_told_in_steps_like_speeds() -> None:
+    told = Told()
+    base = Resources(1000, 1000, 10, 4000, 40_000, cut_us=600)
+    assert told.sample(base, 0.0)
+    assert told.facts()["cut_us"] == stepped_speed(600)
+    assert not told.sample(replace(base, cut_us=700), 0.0)
+    assert told.sample(replace(base, cut_us=1500), 0.0)
+    assert told.facts()["cut_us"] == stepped_speed(1500)
+
+
 def test_pressure_takes_half_of_the_budget_in_steps_and_calm_gives_it_back() -> None:
     squeeze, now = Squeeze(), 0.0
     pressed = Resources(1000, 1000, 0, 4000, memory_pressure_percent=30)
