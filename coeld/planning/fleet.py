@@ -10,11 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from coeld.deployment.cost import Link
+from coeld.deployment.cost import CUT_US, Link
 from coeld.deployment.supply import both_ways
 from coeld.errors import ConfigError
 from coeld.ids import NodeId
 from coeld.measured import MeasuredLink
+from coeld.messages import CUT_US_MAX
 from coeld.planning.toml_file import Table, parse
 
 DEVICES_MAX: Final = 64
@@ -39,6 +40,8 @@ class Machine:
     asks: bool
     measured: bool
     """False: the profile's speed is an estimate."""
+    cut_us: int = CUT_US
+    """Work of its processor for a call of experts, at both ends."""
     node: NodeId | None = None
     """Of a running device."""
     links: tuple[MeasuredLink, ...] = ()
@@ -59,6 +62,7 @@ class Profile:
     available_percent: float
     kernel_mb_per_s: int
     row_mb_per_s: int
+    cut_us: int
     measured: bool
     source: str
 
@@ -82,6 +86,7 @@ def _profile(name: str, text: str) -> Profile:
         available_percent=table.number("available_percent", 1, 100),
         kernel_mb_per_s=table.count("kernel_mb_per_s", 1, SPEED_MAX),
         row_mb_per_s=table.count("row_mb_per_s", 1, SPEED_MAX),
+        cut_us=table.count("cut_us", 1, CUT_US_MAX),
         measured=table.text("basis", allowed=("measured", "estimated")) == "measured",
         source=table.text("source"),
     )
@@ -128,6 +133,7 @@ def parse_fleet(text: str, source: str) -> tuple[Machine, ...]:
             budget_bytes=int(budget_mb * 1e6),
             kernel_mb_per_s=table.count("kernel_mb_per_s", 1, SPEED_MAX, profile.kernel_mb_per_s),
             row_mb_per_s=table.count("row_mb_per_s", 1, SPEED_MAX, profile.row_mb_per_s),
+            cut_us=table.count("cut_us", 1, CUT_US_MAX, profile.cut_us),
             link=table.text("link", "ethernet", allowed=LINKS),
             asks=table.flag("asks", True),
             measured=profile.measured or speeds <= set(table.values),

@@ -110,6 +110,7 @@ def forecast(
             NodeId(f"{index:016x}"),
             (Tier("ram", room, m.kernel_mb_per_s, m.row_mb_per_s),),
             weight=int(m.asks),
+            cut_us=m.cut_us,
         )
         for index, (m, room) in enumerate(zip(machines, spare, strict=True))
     )
@@ -208,7 +209,7 @@ class _Way:
                 "calls to other devices",
                 token_us - attention - cached - head - computing,
                 f"{spans} for whole layers, {cuts} for a layer's experts: round trips, payload, "
-                "wake-ups",
+                "work at both ends",
             ),
         ]
 

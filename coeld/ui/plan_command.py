@@ -111,6 +111,7 @@ def _running(status: dict[str, Any] | None) -> str:
 
 def swarm_machines(status: dict[str, Any]) -> "tuple[Machine, ...]":
     """The devices of a running swarm, as they told themselves. Raises ConfigError."""
+    from coeld.deployment.cost import CUT_US
     from coeld.planning.fleet import DEVICES_MAX, Machine
 
     members = [m for m in status["node"]["members"] if m["status"] == "alive" and m["engine"]]
@@ -126,6 +127,7 @@ def swarm_machines(status: dict[str, Any]) -> "tuple[Machine, ...]":
             budget_bytes=member["memory_budget_bytes"],
             kernel_mb_per_s=max(1, member["kernel_mb_per_s"]),
             row_mb_per_s=member.get("row_mb_per_s") or 8 * max(1, member["kernel_mb_per_s"]),
+            cut_us=member.get("cut_us") or CUT_US,
             link="ethernet",
             asks=True,
             measured=True,
