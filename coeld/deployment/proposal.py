@@ -9,8 +9,8 @@ missing or a lot does not load, the law still gives every lot one owner.
 While the whole layers of all devices cover the model they are placed in blocks of consecutive
 layers (coeld.deployment.blocks), served as spans or with cuts, whichever is cheaper. A layer that
 is together gives the bits of one device, so layers are placed in parts, by search, only if that is
-predicted to gain more than predictions may err (PARTS_GAIN_PERCENT), over links all of which have
-been measured, or if whole ones do not fit.
+predicted to gain clearly (PARTS_GAIN_PERCENT), over links all of which have been measured, or if
+whole ones do not fit.
 What fits only if some layers lose bits is placed in blocks as well (coeld.deployment.widths).
 
 What is served now is priced as well, completed where there are holes. Moving costs time, so whether
@@ -34,9 +34,8 @@ from coeld.view import ModelDemand
 
 SITES_MAX: Final = 16
 """Devices (and tiers) that are considered for layers in parts, the cheapest first."""
-PARTS_GAIN_PERCENT: Final = 33
-"""What layers in parts must gain over whole ones: predictions from what is told may err by a third,
-and most where calls are many."""
+PARTS_GAIN_PERCENT: Final = 10
+"""What layers in parts must gain over whole ones, which have the bits of one device."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ everything covered if it fits, and if it does not the right number of missing by
 what has to be said.
 """
 
-from coeld.effects import Effect, LoadLots, OpenModel, SwapRoutes
+from coeld.effects import DropLots, Effect, LoadLots, OpenModel, SwapRoutes
 from coeld.ids import Lot, ModelHash, NodeId
 from coeld.routes import Leg, RouteTable
 from coeld.sim.device import Device
@@ -48,6 +48,19 @@ def _safety(world: World, device: Device, effect: Effect) -> None:
                 if owner == device.id:
                     assert lot in device.serving, "own route to a lot that is not in memory"
         _safe_ways(world, device, effect.table)
+
+
+def unbroken(world: World) -> None:
+    """From now on nobody lets go of a lot that no other device serves. For swarms without faults
+    in which everything fits."""
+    world.watchers.append(_kept)
+
+
+def _kept(world: World, device: Device, effect: Effect) -> None:
+    if isinstance(effect, DropLots):
+        others = {lot for other in world.up() if other is not device for lot in other.serving}
+        lost = set(effect.lots) - others
+        assert not lost, f"{device.id} lets go of {len(lost)} lots that nobody else serves"
 
 
 def bytes_of(world: World, device: Device) -> int:

@@ -219,6 +219,7 @@ def test_slow_devices_on_a_fast_network_share_each_layer() -> None:
     world = swarm(7, [49, 49, 49, 49], [700] * 4)
     world.run(12)
     assert torn(world) == [], "nobody knows yet how fast the network is"
+    checkers.unbroken(world)
     measure_links(world, None, 0)
     world.run(30)
     checkers.at_rest(world)

@@ -157,14 +157,15 @@ def test_parts_add_up_and_the_largest_one_is_the_limit() -> None:
 
 
 def test_wifi_costs_a_hop_for_each_device_and_the_plan_says_what_cables_would_bring() -> None:
-    text = f'[[device]]\nprofile = "{PI5}"\ncount = 3\nmemory_gb = 4\nlink = "wifi"\ncut_us = 150'
+    text = f'[[device]]\nprofile = "{PI5}"\ncount = 3\nmemory_gb = 4\nlink = "wifi"'
     machines = parse_fleet(text, "t")
     found = forecast(shape("OLMoE-1B-7B").demand(4), machines, 128, 512, False)
     hops = len(found.legs) - 1
     assert hops >= 1
     wired = dict(changes(found, 128, 512, False))["cables instead of Wi-Fi"]
     slower_us = LINKS["wifi"].rtt_us - LINKS["ethernet"].rtt_us
-    assert hops * slower_us <= found.token_us - wired.token_us < 2 * hops * slower_us
+    same_way_us = found.token_us - hops * slower_us
+    assert wired.token_us < min(found.token_us, 1.05 * same_way_us)  # 5 %: for more devices
 
 
 def test_splitting_pays_where_computing_is_slow_and_calls_are_quick() -> None:
@@ -175,8 +176,9 @@ def test_splitting_pays_where_computing_is_slow_and_calls_are_quick() -> None:
     assert not parts.whole
     assert 4 < parts.tokens_per_s < whole.tokens_per_s < 13.04, "attention is not split"
     quick = [replace(machine, cut_us=150) for machine in machines]
-    whole, parts = (forecast(demand, quick, 128, 2048, split) for split in (False, True))
-    assert parts.token_us < 0.9 * whole.token_us
+    found = forecast(demand, quick, 128, 2048, False)
+    assert not found.whole
+    assert found.token_us < 0.9 * whole.token_us
 
 
 def test_the_running_swarm_is_planned_with_what_its_devices_told() -> None:
