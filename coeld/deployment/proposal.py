@@ -25,7 +25,7 @@ from typing import Final, NamedTuple
 
 from coeld.deployment.blocks import block_ns, blocks, completed
 from coeld.deployment.chains import placement_ns
-from coeld.deployment.cost import CostModel, Device, Link, Share
+from coeld.deployment.cost import PPM, CostModel, Device, Link, Share
 from coeld.deployment.naming import named
 from coeld.deployment.search import Search
 from coeld.deployment.widths import quotas
@@ -112,7 +112,7 @@ class Deliberation:
             self._placed = self._in_blocks()
         fits = sum(self._rooms) >= demand.layers * demand.experts
         parts = facts.spans and facts.measured
-        if fits and not (self.whole and (not parts or self._cheap())):
+        if fits and not (self.whole and (not parts or self._hopeless())):
             self._search, self._slices = _searched(facts).again()
 
     def advance(self) -> bool:
@@ -152,9 +152,11 @@ class Deliberation:
         placed = blocks(self.model, self._layers, self._order())
         return {lot: placed[lot.layer] for lot in self.facts.demand.lots()}
 
-    def _cheap(self) -> bool:
-        """No placement in parts could gain enough over whole layers: none need be looked for."""
-        enough = parts_at_least_ns(self.model) * (100 + PARTS_GAIN_PERCENT)
+    def _hopeless(self) -> bool:
+        """Dealt out as they come layers gain so little over whole ones that no search finds enough.
+        A search takes seconds of a slow processor, and each measurement that is told asks for one.
+        """
+        enough = dealt_ns(self.model) * (100 + PARTS_GAIN_PERCENT // 2)
         return self._price(self._placed) * 100 <= enough
 
     def _compare(self) -> None:
@@ -186,7 +188,7 @@ class Deliberation:
             left[site] -= 1
         if min(left) < 0:
             return None
-        cheapest = sorted(range(len(left)), key=lambda s: (block_ns(self.model, s, 1), s))
+        cheapest = _cheapest(self.model)
         for lot in lots:
             if lot not in placed:
                 free = [site for site in (wanted[lot], *cheapest) if left[site] > 0]
@@ -265,51 +267,34 @@ _searched = lru_cache(maxsize=16)(_Searched)
 
 def _narrowed(model: CostModel, rooms: list[int]) -> list[int]:
     """The rooms, of the cheapest SITES_MAX sites only if those are enough."""
-    ranked = sorted(range(len(rooms)), key=lambda s: (block_ns(model, s, 1), s))
-    few = set(ranked[:SITES_MAX])
+    few = set(_cheapest(model)[:SITES_MAX])
     narrow = [room if s in few else 0 for s, room in enumerate(rooms)]
     return narrow if sum(narrow) >= model.demand.layers * model.demand.experts else rooms
 
 
-def parts_at_least_ns(model: CostModel) -> int:
-    """No placement of layers in parts costs less, summed over askers by weight.
-
-    Spread over all devices so that it costs `asker` alone least, a layer is done everywhere at one
-    time, no earlier than `best`. For the others the slowest part is a call away, and it is no
-    shorter than if all speeds were one (`pooled`); only the asker that holds it may do better. A
-    layer may be whole after all, which saves nobody the computing.
-    """
-    demand, devices = model.demand, model.devices
-    bytes_used = demand.used * demand.lot_bytes
-    pooled = bytes_used * 1000 // max(1, sum(tier.mb_per_s for tier in model.tiers))
-    fastest = max((tier.mb_per_s for tier in model.tiers), default=1)
-    attention = min(map(model.attention_ns, range(len(devices))), default=0)
-    layer = best = whole = head = 0
-    for asker in model.askers:
-        weight = devices[asker].weight
-        away = [model.reached(asker, s) for s, (home, _) in enumerate(model.sites) if home != asker]
-        called = min(away, default=0) + pooled
-        layer += weight * called
-        best = max(best, weight * (called - _alone_ns(model, asker, bytes_used)))
-        whole += weight * (bytes_used * 1000 // max(1, fastest) + attention)
-        layer += weight * model.attention_ns(asker)
-        head += weight * model.head_ns(asker)
-    return demand.layers * min(layer - max(0, best), whole) + head
-
-
-def _alone_ns(model: CostModel, asker: int, bytes_used: int) -> int:
-    """One layer, spread over all devices without a remainder so that `asker` waits least."""
-    ready = sorted(
-        (0 if home == asker else model.reached(asker, site), model.tiers[site].mb_per_s)
-        for site, (home, _) in enumerate(model.sites)
+def dealt_ns(model: CostModel) -> int:
+    """What a token costs, summed over askers by weight, if every layer is dealt out in proportion
+    to speed over as many of the cheapest sites as cost least. Their memory is not looked at."""
+    demand, ranked = model.demand, _cheapest(model)[:SITES_MAX]
+    best = None
+    for count in range(2, len(ranked) + 1):
+        speed = sum(model.tiers[site].mb_per_s for site in ranked[:count])
+        shares = {}
+        for site in ranked[:count]:
+            uses = demand.used * PPM * model.tiers[site].mb_per_s // max(1, speed)
+            shares[site] = Share(uses, uses * demand.lot_bytes)
+        price = model.swarm_layer_ns(shares)
+        best = price if best is None else min(best, price)
+    trunks = (
+        model.devices[a].weight * (demand.layers * model.attention_ns(a) + model.head_ns(a))
+        for a in model.askers
     )
-    done, speed, offset = 1 << 62, 0, 0
-    for reach, mb_per_s in ready:
-        if reach < done:
-            speed += mb_per_s
-            offset += reach * mb_per_s
-            done = (bytes_used * 1000 + offset) // max(1, speed)
-    return done
+    return demand.layers * (best or 0) + sum(trunks)
+
+
+def _cheapest(model: CostModel) -> list[int]:
+    """Sites by what a whole layer costs there."""
+    return sorted(range(len(model.sites)), key=lambda site: (block_ns(model, site, 1), site))
 
 
 def shares_of(model: CostModel, placed: Mapping[Lot, int]) -> list[dict[int, Share]]:

@@ -10,11 +10,12 @@ from coeld.deployment.chains import placement_ns
 from coeld.deployment.cost import CostModel, Device, Link, Tier
 from coeld.deployment.naming import assign
 from coeld.deployment.proposal import (
+    PARTS_GAIN_PERCENT,
     Deliberation,
     Facts,
     Proposal,
+    dealt_ns,
     is_whole,
-    parts_at_least_ns,
     shares_of,
 )
 from coeld.deployment.supply import CONSIDERED_MAX, facts_of
@@ -107,7 +108,7 @@ def test_every_lot_is_placed_once_within_the_rooms(seed: int) -> None:
             assert sum(node == device.node for node in found.owners.values()) <= room
 
 
-def test_layers_are_whole_unless_parts_gain_more_than_predictions_may_err() -> None:
+def test_layers_are_whole_unless_parts_gain_clearly() -> None:
     for lot_bytes, link, torn in (
         (250_000, LAN, False),  # parts would be faster, but not clearly
         (20_000_000, LAN, True),
@@ -135,24 +136,25 @@ def test_layers_are_whole_over_links_that_nobody_has_measured() -> None:
     assert not is_whole(whole_fits_not.owners)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_placement_in_parts_costs_less_than_its_lower_bound(seed: int) -> None:
-    rng = Random(seed)
-    demand = model_of(rng.randint(2, 8), 8, rng.choice([2, 8]), rng.choice([10**6, 10**7]))
-    count = rng.randint(2, 5)
-    rooms = [demand.layers * 8 // count + 8] * count
-    link = rng.choice([LAN, WIFI])
-    known = facts(rooms, rng.choices([1000, 4000, 9000], k=count), demand, link=link)
-    thinking = Deliberation(known)
-    while not thinking.advance():
-        pass
-    found = thinking.fresh({})
-    assert found is not None
-    index = {device.node: i for i, device in enumerate(known.devices)}
-    model = known.model()
-    layers = shares_of(model, {lot: index[node] for lot, node in found.owners.items()})
-    price = sum(map(model.swarm_layer_ns, layers)) + trunk_ns(model)
-    assert parts_at_least_ns(model) <= price, f"seed={seed}"
+def test_what_is_given_up_as_hopeless_a_search_would_seldom_have_found() -> None:
+    """Against the search itself, on random swarms: it is spared often, and rarely for nothing."""
+    rng = Random(11)
+    spared = missed = 0
+    for _ in range(60):
+        demand = model_of(6, 8, rng.choice([2, 8]), rng.choice([200_000, 10**6, 4 * 10**6]))
+        count = rng.randint(2, 4)
+        rooms = [demand.layers * 8 // count + 8] * count
+        link = rng.choice([Link(100, 110), LAN, Link(1200, 110), WIFI])
+        known = facts(rooms, rng.choices([1000, 4000, 9000], k=count), demand, link=link)
+        whole, parts = fresh(known), fresh(replace(known, split=True))
+        assert whole is not None
+        assert parts is not None
+        if is_whole(whole.owners):
+            gains = whole.price_ns * 100 > parts.price_ns * (100 + PARTS_GAIN_PERCENT)
+            missed += gains
+            spared += whole.price_ns * 100 <= dealt_ns(known.model()) * 105
+    assert spared > 15
+    assert missed <= 1
 
 
 def test_a_slow_link_gathers_layers_and_a_fast_one_spreads_them() -> None:
