@@ -335,6 +335,7 @@ class Agent:
                 "pid": os.getpid(),
                 "rss_bytes": self._sensors.own_rss_bytes(),
                 "budget_is_measured": self._sensors.budget_is_measured,
+                "spans": self._config.swarm.spans,
                 "state_dir": str(self._where.state_dir),
                 "store_dir": str(self._where.store_dir),
                 "socket": str(self._where.socket),

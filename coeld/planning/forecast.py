@@ -98,8 +98,10 @@ def forecast(
     prompt_tokens: int,
     context_tokens: int,
     split: bool,
+    spans: bool = True,
 ) -> Forecast:
-    """Place the model and say how it would run.
+    """Place the model and say how it would run, with layers in parts or with `spans` as the
+    configuration says.
 
     Memory is left for a KV cache of `context_tokens`; a token is timed after `prompt_tokens`.
     """
@@ -115,7 +117,7 @@ def forecast(
         for index, (m, room) in enumerate(zip(machines, spare, strict=True))
     )
     links = tuple(tuple(link_between(a, b) for b in machines) for a in machines)
-    facts = Facts(demand, devices, links, split, narrow=narrow)
+    facts = Facts(demand, devices, links, split, spans, narrow)
     missing = 0 if narrow else lacking(demand, machines, context_tokens)
     thinking = Deliberation(facts)
     while not thinking.advance():
@@ -233,12 +235,12 @@ def limit(found: Forecast) -> str:
     part = max(found.parts, key=lambda part: part.us)
     if part.what == "calls to other devices":
         kinds = sorted({m.link_kind for m in found.machines})
-        return f"the network ({', '.join(kinds)}): calls to other devices"
+        return f"calls to other devices: the network ({', '.join(kinds)}) and the work for a call"
     return f"memory speed, most of it for {part.what}: {found.slowest}"
 
 
 def changes(
-    found: Forecast, prompt_tokens: int, context_tokens: int, split: bool
+    found: Forecast, prompt_tokens: int, context_tokens: int, split: bool, spans: bool = True
 ) -> list[tuple[str, Forecast]]:
     """What one more device, a wired network, or splitting layers would bring."""
     last = found.machines[-1]
@@ -254,6 +256,6 @@ def changes(
     if not split and found.whole:
         tried.append(("splitting layers over devices (--split)", found.machines, True))
     return [
-        (what, forecast(found.demand, machines, prompt_tokens, context_tokens, parts))
+        (what, forecast(found.demand, machines, prompt_tokens, context_tokens, parts, spans))
         for what, machines, parts in tried
     ]

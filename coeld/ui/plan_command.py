@@ -92,8 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
         demand = found
     if status and any(member.get("stays_wide") for member in status["node"]["members"]):
         demand = replace(demand, narrow_lot_bytes=0)
-    plan = forecast.forecast(demand, machines, arguments.prompt_tokens, context, arguments.split)
-    changed = forecast.changes(plan, arguments.prompt_tokens, context, arguments.split)
+    spans = status is None or status["agent"]["spans"]
+    told = arguments.prompt_tokens, context, arguments.split, spans
+    plan = forecast.forecast(demand, machines, *told)
+    changed = forecast.changes(plan, *told)
     shape = found if isinstance(found, Shape) else None
     if arguments.json:
         print(json.dumps(as_json(plan, changed, shape, bits), indent=1))

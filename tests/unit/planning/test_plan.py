@@ -218,6 +218,15 @@ def test_a_plan_for_a_running_swarm_uses_the_links_that_devices_measured() -> No
     assert "network" in limit(plan)
 
 
+def test_where_spans_are_switched_off_every_layer_elsewhere_is_a_call() -> None:
+    machines, demand = read_fleet("2xraspberry-pi-5"), shape("OLMoE-1B-7B").demand(8)
+    with_spans, without = (
+        forecast(demand, machines, 128, 512, False, spans) for spans in (True, False)
+    )
+    assert len(without.legs) == 1 < len(with_spans.legs)
+    assert without.token_us > with_spans.token_us
+
+
 def test_models_are_found_by_name_file_and_folder(tmp_path) -> None:
     store = Store(tmp_path / "store")
     assert find_demand("olmoe-1b-7b", store) == shape("OLMoE-1B-7B")
