@@ -311,8 +311,6 @@ class Dispatcher:
     def _owners(self, table: RouteTable, layer: int) -> _Owners:
         """Owners of a layer's experts, other than this device; those that have just failed only
         where there is no other."""
-        # A copy: another thread may note a failure meanwhile.
-        cooling = {node for node in list(self._failed_at) if self._cooling(node)}
         known = self._known  # one reference: other threads may look at another table
         if known[0] is not table:
             known = self._known = table, {}
@@ -323,6 +321,10 @@ class Dispatcher:
             found = known[1][layer] = _Owners(
                 [tuple(node for node in nodes if node in present) for nodes in lots]
             )
+        if not self._failed_at:
+            return found
+        # A copy: another thread may note a failure meanwhile.
+        cooling = {node for node in list(self._failed_at) if self._cooling(node)}
         return _Owners([_rested(nodes, cooling) for nodes in found.by_expert]) if cooling else found
 
     def _fail(self, node: NodeId, exc: PeerError) -> None:
@@ -364,7 +366,7 @@ def _rows_for(
     if gates is None:
         return x, None, None
     if len(x) == 1:
-        return x, gates[:, ids], None
+        return x, gates.take(ids, axis=1), None
     weights = np.ascontiguousarray(gates[:, ids])
     picked = np.flatnonzero(weights.any(axis=1))
     if len(picked) == len(x):

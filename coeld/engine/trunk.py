@@ -249,7 +249,8 @@ class Part:
         self._generation = cache.generation
         self._position = 0
         self._logits: NDArray[np.float32] | None = None
-        self._bindings: dict[tuple[Span, int], Any] = {}
+        self._bindings: dict[tuple[Span, int], tuple[ort.InferenceSession, Any]] = {}
+        self._routed = lane.trunk.shape.routing is not None
         lane.parts.add(self)
 
     def reusable(self, plan: Plan, buffers: Activations, rows: Sequence[int]) -> bool:
@@ -272,15 +273,15 @@ class Part:
     def run(self, span: Span) -> tuple[Rows, Gates | None]:
         """One span. At a cut: the normed rows (n, H) and, of a routed layer, the gate weights
         (n, E). The results are views that the lane's next part overwrites."""
-        session = self._plan.sessions[span].ort
         key = span, self._position % 2
-        binding = self._bindings.get(key)
-        if binding is None:
-            binding = self._bindings[key] = self._bind(span, session, key[1])
+        bound = self._bindings.get(key)
+        if bound is None:
+            session = self._plan.sessions[span].ort
+            bound = self._bindings[key] = session, self._bind(span, session, key[1])
+        session, binding = bound
         session.run_with_iobinding(binding)
         self._position += 1
-        routed = self._lane.trunk.shape.routing is not None
-        return self._buffers.normed[0], self._buffers.gates if routed else None
+        return self._buffers.normed[0], self._buffers.gates if self._routed else None
 
     def add(self, y: NDArray[np.float32]) -> None:
         """Hand over the experts' sum (n, H) of the cut layer just passed."""
