@@ -33,7 +33,8 @@ WITHIN_S: Final = 5.0
 class _Experts:
     """One end's experts: they empty the caches. Remembers what its thread worked besides."""
 
-    memory: np.ndarray = field(default_factory=lambda: np.ones(FLUSH_BYTES // 4, np.float32))
+    memory: Rows
+    """More than caches hold."""
     spent_s: float = 0.0
     """In here, by the thread."""
     between_s: list[float] = field(default_factory=list)
@@ -47,7 +48,7 @@ class _Experts:
         entered_s = time.thread_time()
         if self._left_s is not None:
             self.between_s.append(entered_s - self._left_s)
-        np.add.reduce(self.memory)
+        np.add.reduce(self.memory, axis=1)
         self._left_s = time.thread_time()
         self.spent_s += self._left_s - entered_s
         return x.copy()
@@ -63,7 +64,8 @@ def cut_us() -> int:
 
 
 def _measured_s() -> float:
-    asked, owned, asking_s = _Experts(), _Experts(), []
+    memory = np.ones((1, FLUSH_BYTES // 4), np.float32)
+    asked, owned, asking_s = _Experts(memory), _Experts(memory), []
     server = PeerServer("127.0.0.1", 0)
     pool = PeerPool(Introduction("calibration", MODEL, ASKER), WITHIN_S)
     try:
