@@ -13,6 +13,7 @@ from coeld.deployment.placement import (
     owners,
     replaced,
     serving,
+    winners,
     won,
 )
 from coeld.deployment.proposal import Facts
@@ -140,14 +141,13 @@ class Market:
         unsure = suspects | {record.origin for record in records if record.sparing}
         there = elsewhere(records, me.origin, unsure)
         mine = self.won()
-        lost = [lot for lot in held if lot not in mine]
-        if not lost:
+        lots = [lot for lot in held if lot not in mine]
+        if not lots:
             return there, set()
-        leading = self.leaders()
+        lost = winners(lots, self.leaders())
         if not me.sparing:  # on who leaves nobody counts
-            sure = outlasting(lost, me.origin, records, leading, unsure)
-            there = there.difference(lost) | sure
-        return there, replaced(lost, records, leading, suspects)
+            there = there.difference(lots) | outlasting(lost, me.origin, records, unsure)
+        return there, replaced(lost, records, suspects)
 
     def room(self, narrow: bool) -> Room:
         """Memory here and elsewhere; `narrow`: some lots have to be held in fewer bits."""

@@ -61,7 +61,6 @@ GATED, KEPT = 1, 2
 """Flags."""
 SPAN_HEAD: Final = struct.Struct("<III")
 COMPUTED: Final = struct.Struct("<I")
-INFINITE: Final = float("inf")
 
 
 class Kind(IntEnum):
@@ -279,7 +278,7 @@ def unpack_experts(
     if header.gated:
         gates = np.frombuffer(payload, "<f4", header.rows * header.experts, at)
         # Not so for NaN either.
-        if not (np.minimum.reduce(gates) >= 0 and np.maximum.reduce(gates) < INFINITE):
+        if not (np.minimum.reduce(gates) >= 0 and np.maximum.reduce(gates) < np.inf):
             raise FrameError("gate weights are negative, NaN or Inf")
         gates = gates.reshape(header.rows, header.experts)
         at += gates.nbytes

@@ -76,7 +76,8 @@ class _Expectation:
         if leg.node == self._me:
             return sum(map(self._layer_ns, layers))
         one = self._whole_ns(leg.node)
-        return len(layers) * one + self._cost("reach", self._reach_ns(leg.node), leg.node)
+        told = self._told.reach_ns(self._index[self._me], self._index[leg.node])
+        return len(layers) * one + self._cost("reach", told, leg.node)
 
     def _layer_ns(self, layer: int) -> int:
         """A layer whose attention runs here."""
@@ -86,8 +87,8 @@ class _Expectation:
         shares = self._shares(layer)
         if (alone or spanned) and shares.keys() == {self._index[me]}:
             return self._whole_ns("")
-        attention = self._cost("attention", self._told.attention_ns(self._index[me]))
         here = self._index[me]
+        attention = self._cost("attention", self._told.attention_ns(here))
         total = attention + self._cost("cut", self._told.devices[here].cut_us * 1000)
         if shares.keys() == {here}:
             total += self._model.devices[here].call_us * 1000
@@ -122,11 +123,6 @@ class _Expectation:
         device = self._index[NodeId(node or self._me)]
         told = self._told.attention_ns(device) + self._told.whole_ns(device)
         return self._cost("layer", told, node)
-
-    def _reach_ns(self, node: NodeId) -> int:
-        """As told: the link and what a call takes besides."""
-        me, there = self._index[self._me], self._index[node]
-        return self._told.reach_ns(me, there) - self._told.cut_us(me, there) * 1000
 
     def _device(self, device: Device) -> Device:
         """With the speed that its lots were learned to have."""

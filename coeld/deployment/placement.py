@@ -57,50 +57,47 @@ def elsewhere(records: Iterable[Record], me: NodeId, suspects: Collection[NodeId
     return {lot for record in others for lot in record.serving}
 
 
+def winners(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> dict[Lot, set[NodeId]]:
+    """Of every copy of these lots."""
+    found: dict[Lot, set[NodeId]] = {lot: set() for lot in lots}
+    for (lot, _copy), (_bid, node) in leading.items():
+        if lot in found:
+            found[lot].add(node)
+    return found
+
+
 def outlasting(
-    held: Iterable[Lot],
+    lost: Mapping[Lot, Collection[NodeId]],
     me: NodeId,
     records: Iterable[Record],
-    leading: Mapping[Task, Offer],
     suspects: Collection[NodeId],
 ) -> set[Lot]:
-    """Of these lots, held here and lost to others, those that a device serves beyond suspicion
+    """Of lots held here and `lost` to their winners, those that a device serves beyond suspicion
     which does not let go of them on our account: one that won them, or, of those who lost them too,
     one that comes before us. Without an order two would let go at once, each because of the other.
     """
-    winners = _winners(held, leading)
     others = [r for r in records if r.origin != me and r.origin not in suspects]
     return {
         lot
         for record in others
-        for lot in winners.keys() & set(record.serving)
-        if record.origin < me or record.origin in winners[lot]
+        for lot in lost.keys() & set(record.serving)
+        if record.origin < me or record.origin in lost[lot]
     }
 
 
 def replaced(
-    held: Iterable[Lot],
+    lost: Mapping[Lot, Collection[NodeId]],
     records: Iterable[Record],
-    leading: Mapping[Task, Offer],
     suspects: Collection[NodeId],
 ) -> set[Lot]:
-    """Of these lots, those that somebody won and that all who won them serve beyond suspicion."""
-    winners = _winners(held, leading)
+    """Of lots `lost` to their winners, those that have some, all of whom serve them beyond
+    suspicion."""
     serving = {r.origin: set(r.serving) for r in records if r.origin not in suspects}
     return {
         lot
-        for lot, nodes in winners.items()
+        for lot, nodes in lost.items()
         if nodes and all(lot in serving.get(node, ()) for node in nodes)
     }
-
-
-def _winners(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> dict[Lot, set[NodeId]]:
-    """Of every copy of these lots."""
-    winners: dict[Lot, set[NodeId]] = {lot: set() for lot in lots}
-    for (lot, _copy), (_bid, node) in leading.items():
-        if lot in winners:
-            winners[lot].add(node)
-    return winners
 
 
 def unclaimed(lots: Iterable[Lot], leading: Mapping[Task, Offer]) -> list[Lot]:

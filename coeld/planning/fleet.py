@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from coeld.deployment.cost import CUT_US, Link
+from coeld.deployment.cost import Link
 from coeld.deployment.supply import both_ways
 from coeld.errors import ConfigError
 from coeld.ids import NodeId
@@ -36,12 +36,12 @@ class Machine:
     """For weights and KV caches."""
     kernel_mb_per_s: int
     row_mb_per_s: int
+    cut_us: int
+    """Work of its processor for a call of experts, at both ends."""
     link: str
     asks: bool
     measured: bool
     """False: the profile's speed is an estimate."""
-    cut_us: int = CUT_US
-    """Work of its processor for a call of experts, at both ends."""
     node: NodeId | None = None
     """Of a running device."""
     links: tuple[MeasuredLink, ...] = ()

@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         demand = found
     if status and any(member.get("stays_wide") for member in status["node"]["members"]):
         demand = replace(demand, narrow_lot_bytes=0)
-    spans = status is None or status["agent"]["spans"]
+    spans = status is None or status["agent"].get("spans", True)
     told = arguments.prompt_tokens, context, arguments.split, spans
     plan = forecast.forecast(demand, machines, *told)
     changed = forecast.changes(plan, *told)

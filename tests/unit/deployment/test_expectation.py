@@ -89,7 +89,7 @@ def test_who_serves_all_of_a_layer_is_asked_for_all_of_it() -> None:
 def test_a_leg_elsewhere_is_one_call() -> None:
     legs = Leg(A, 0, 1), Leg(B, 1, 4)
     routes = table(DENSE, lambda lot: (B,) if lot.layer else (A,), legs=legs, spans=legs)
-    assert expected(DENSE, routes) == 3000 + 3 * 3000 + REACH_US + 1000
+    assert expected(DENSE, routes) == 3000 + 3 * 3000 + CUT_US + REACH_US + 1000
     rows = [["reach", B, 450], ["layer", B, 1900], ["layer", "", 2900], ["token", "", 20]]
     assert expected(DENSE, routes, rows) == 2900 + 3 * 1900 + 450 + 1000 + 20
 

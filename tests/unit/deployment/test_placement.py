@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 
-from coeld.deployment.placement import outlasting
+from coeld.deployment.placement import outlasting, winners
 from coeld.ids import Lot, NodeId
 from coeld.messages import Record
 
@@ -20,19 +20,19 @@ def record(node: NodeId, serves: bool) -> Record:
 def test_when_all_who_may_let_go_do_so_at_once_somebody_still_serves(seed: int) -> None:
     rng = Random(seed)
     servers = {node for node in NODES if rng.random() < 0.6}
-    winners = {node for node in NODES if rng.random() < 0.3}
-    leading = {(LOT, copy): (1, node) for copy, node in enumerate(sorted(winners))}
+    won = {node for node in NODES if rng.random() < 0.3}
+    leading = {(LOT, copy): (1, node) for copy, node in enumerate(sorted(won))}
     records = [record(node, node in servers) for node in NODES]
-    losers = servers - winners
-    gone = {node for node in losers if outlasting([LOT], node, records, leading, ())}
+    losers = servers - won
+    gone = {node for node in losers if outlasting(winners([LOT], leading), node, records, ())}
     assert bool(servers - gone) == bool(servers)
     left = losers - gone
     assert len(left) <= 1, "nobody else keeps it for nothing"
-    assert not (left and winners & servers)
+    assert not (left and won & servers)
 
 
 def test_who_is_under_suspicion_keeps_nothing_for_others() -> None:
     first, second = NODES[:2]
     records = [record(first, True), record(second, True)]
-    assert outlasting([LOT], second, records, {}, ()) == {LOT}
-    assert outlasting([LOT], second, records, {}, {first}) == set()
+    assert outlasting({LOT: ()}, second, records, ()) == {LOT}
+    assert outlasting({LOT: ()}, second, records, {first}) == set()

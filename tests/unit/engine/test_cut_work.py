@@ -6,11 +6,14 @@ from coeld.engine import cut_work
 
 
 def test_both_ends_are_measured_and_a_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    worked_s = []
+    worked_s: list[float] = []
     measured_s = cut_work._measured_s
-    monkeypatch.setattr(
-        cut_work, "_measured_s", lambda: worked_s.append(measured_s()) or worked_s[-1]
-    )
+
+    def noted_s() -> float:
+        worked_s.append(measured_s())
+        return worked_s[-1]
+
+    monkeypatch.setattr(cut_work, "_measured_s", noted_s)
     monkeypatch.setattr(cut_work, "cpu_cores", lambda: 0.0)
     free_us = cut_work.cut_us()
     assert free_us == round(worked_s[0] * 1e6) > 20  # two system calls at each end alone take that
