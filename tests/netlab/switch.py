@@ -89,11 +89,9 @@ class Switch:
             due_s, _n, sender, receiver, packet, admitted = heapq.heappop(under_way)
             if not admitted:
                 through_s = self.fabric.admission_s(sender, receiver, len(packet), due_s)
-                if through_s is None:
-                    continue
-                if through_s > now_s:
+                if through_s is not None:  # behind those the port has let in before
                     self._push(through_s, sender, receiver, packet, True)
-                    continue
+                continue
             try:
                 os.write(self._fds[receiver], packet)
             except OSError:  # a program has taken the interface down: as if the cable were out

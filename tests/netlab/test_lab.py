@@ -132,6 +132,18 @@ def test_packets_arrive_in_order_unless_reordering_is_asked_for(ends: Ends) -> N
         assert (came != sorted(came)) is wanted
 
 
+def test_packets_that_wait_at_a_slow_port_leave_it_in_order() -> None:
+    with Lab(["a", "b"], Profile(Link(delay_s=0.001, jitter_s=0.001), 8e6, 9000)) as lab:
+        pair = Ends(lab)
+        for _ in range(20):
+            for number in range(300):
+                pair.send("a", "b", number.to_bytes(4, "big"))
+            came = pair.receive("b", SLACK_S)
+            assert len(came) == 300
+            assert came == sorted(came)
+        pair.close()
+
+
 def test_a_cut_works_in_one_direction_and_a_partition_in_both(ends: Ends) -> None:
     ends.lab.cut("a", "b")
     assert not ends.passes("a", "b", 0.1)
