@@ -22,6 +22,8 @@ from coeld.ids import NodeId
 
 NEAR_TOKENS: Final = 2
 """How far behind a catch-up ends: less is seldom reached while tokens go on."""
+PASS_S: Final = 2.0
+"""What the end of the pass under way is worth waiting for, while all answers stand still."""
 
 
 class CatchUp:
@@ -59,10 +61,12 @@ class CatchUp:
         return any(s.leg.node == node for s in self.journey.stages if s.within is None)
 
     def close(self) -> Journey | None:
-        """Stop after the pass under way. The journey, as far as it has come; None: it has failed,
-        and holds nothing any more."""
+        """Stop after the pass under way. The journey, as far as it has come; None: it has failed
+        and holds nothing any more, or its pass waits for a device that does not answer."""
         self._stopped.set()
-        self._thread.join()
+        if not self._ended.wait(PASS_S):
+            self.abandon()
+            return None
         self._request.quality.also(self._errand.quality)
         if self._failed:
             self.journey.free()

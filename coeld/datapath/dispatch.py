@@ -182,12 +182,14 @@ class Dispatcher:
             if total is not None:
                 break
             waiter.check()  # there may be a better way by now than to ask again
-            if self.failures > failures:
-                continue  # a peer failed that had not just failed: another may do
             now = time.monotonic()
             stall = stall or Stall(now)
             left_s = stall.left_s(self.board.covered, self.patience_s, now)
-            self._wait(layer, version, left_s, waiter)
+            if left_s <= 0:
+                raise self._not_covered(layer)
+            if self.failures == failures:  # else one failed that had not just: another may do
+                self.board.wait(version, min(left_s, WAIT_S_MAX))
+                waiter.check()
         if stall is not None:
             stall_s = time.monotonic() - stall.began_s
             waiter.stalls_s.append(stall_s)
@@ -336,12 +338,6 @@ class Dispatcher:
     def _cooling(self, node: NodeId) -> bool:
         failed = self._failed_at.get(node)
         return failed is not None and time.monotonic() - failed < COOLDOWN_S
-
-    def _wait(self, layer: int, version: int, left_s: float, waiter: Waiter) -> None:
-        if left_s <= 0:
-            raise self._not_covered(layer)
-        self.board.wait(version, min(left_s, WAIT_S_MAX))
-        waiter.check()
 
     def _not_covered(self, layer: int) -> NotCovered:
         missing = self.board.table.missing_bytes if self.board.table else 0

@@ -159,6 +159,9 @@ class Scheduler:
         except (LegLost, NotCovered):
             ahead.free()
             return
+        except BaseException:
+            ahead.free()
+            raise
         ahead.routes = journey.routes
         ahead.part_from(journey)
         request.journey = ahead

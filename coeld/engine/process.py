@@ -73,7 +73,8 @@ class Engine:
         self.usage = Usage()
         """The decoder's."""
         self._pool: PeerPool | None = None
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, threading.Event] = {}
+        """Of those that are not over: what is set when they are cancelled."""
         self._decoder_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._loader_jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._watch = Watch(self._watched, link.say)
@@ -122,7 +123,8 @@ class Engine:
             case {"op": "drop", "lots": list(lots)}:
                 self._loader_jobs.put(lambda: self._drop_lots(_lots(lots)))
             case {"op": "generate", "id": str(ident)}:
-                self._decoder_jobs.put(lambda: self._generate(ident, message))
+                self._requests[ident] = cancelled = threading.Event()
+                self._decoder_jobs.put(lambda: self._generate(ident, message, cancelled))
             case {"op": "cancel", "id": str(ident)}:
                 self._cancel(ident)
             case {"op": "stats"}:
@@ -232,7 +234,9 @@ class Engine:
         gc.collect()
         give_memory_back()
 
-    def _generate(self, ident: str, order: dict[str, Any]) -> None:
+    def _generate(self, ident: str, order: dict[str, Any], cancelled: threading.Event) -> None:
+        if cancelled.is_set():
+            return
         listener = _Answer(self, ident)
         try:
             model = self._ready_for_request()
@@ -253,13 +257,13 @@ class Engine:
                 ),
                 eos_tokens=frozenset(model.manifest.eos_tokens),
                 quality=Quality(self._options.kl_budget if budget is None else budget),
+                cancelled=cancelled,
             )
             model.admit(request, order["max_tokens"], "messages" if prompt is None else "prompt")
         except CoeldError as exc:
-            self._link.say("error", id=ident, **error_to_json(exc))
+            self.ended(ident, "error", **error_to_json(exc))
             return
         listener.stream = model.text.stream(order["stop"])
-        self._requests[ident] = request
         self.usage.requests += 1
         self.usage.prompt_tokens += len(tokens)
         model.scheduler.submit(request)
@@ -377,9 +381,9 @@ class Engine:
         return table.addresses if table is not None else {}
 
     def _cancel(self, ident: str) -> None:
-        request = self._requests.pop(ident, None)
-        if request is not None:
-            request.cancelled.set()
+        cancelled = self._requests.pop(ident, None)
+        if cancelled is not None:
+            cancelled.set()
             if (model := self._model) is not None:
                 model.board.nudge()
 

@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,8 @@ BACKLOG: Final = 64
 CONNECT_S: Final = 3.0
 IDLE_S: Final = 10.0
 """Without a byte; then the next holder continues."""
+BYTES_PER_S_MIN: Final = 4096
+"""Of a holder, over IDLE_S or so: who sends less holds a blob up that others could send."""
 ATTEMPTS_MAX: Final = 5
 """Failed attempts in a row after which a holder is given up, with a growing pause between them."""
 PAUSE_S: Final = 0.1
@@ -152,6 +155,8 @@ class _Connection:
         self.holder = holder
         self._http = h11.Connection(h11.CLIENT)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._patience_s = IDLE_S
+        """For how long it may keep us waiting: waiting takes of it, and each byte gives."""
 
     async def get(self, target: str, start: int, size_max: int) -> AsyncIterator[bytes]:
         """The body from byte `start`, at most `size_max` bytes of it.
@@ -184,18 +189,28 @@ class _Connection:
             raise _Unusable(f"{self.holder} does not speak HTTP: {exc}") from exc
 
     async def _ready(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self._streams is None:
-            async with asyncio.timeout(CONNECT_S):
-                self._streams = await asyncio.open_connection(
-                    self.holder.host, self.holder.port, limit=4 * PIECE_BYTES
-                )
-            self._http = h11.Connection(h11.CLIENT)
+        if self._streams is None or self._streams[0].at_eof():  # it was idle for too long
+            self.close()
+            try:
+                async with asyncio.timeout(CONNECT_S):
+                    self._streams = await asyncio.open_connection(
+                        self.holder.host, self.holder.port, limit=4 * PIECE_BYTES
+                    )
+            except ValueError as exc:  # a label of the name is empty or endless
+                raise OSError(f"{self.holder}: not a host name: {exc}") from exc
+            self._http, self._patience_s = h11.Connection(h11.CLIENT), IDLE_S
         return self._streams
 
     async def _event(self, reader: asyncio.StreamReader) -> object:
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            async with asyncio.timeout(IDLE_S):
-                self._http.receive_data(await reader.read(PIECE_BYTES))
+            began_s = time.monotonic()
+            async with asyncio.timeout(self._patience_s):
+                data = await reader.read(PIECE_BYTES)
+            if not data:
+                raise ConnectionError("the holder closed the connection")
+            gained_s = len(data) / BYTES_PER_S_MIN - (time.monotonic() - began_s)
+            self._patience_s = min(IDLE_S, self._patience_s + gained_s)
+            self._http.receive_data(data)
         return event
 
     def close(self) -> None:

@@ -12,7 +12,8 @@ from typing import Final
 
 from coeld.compression.prediction import Past
 from coeld.datapath import frames
-from coeld.datapath.frames import HEADER, Header
+from coeld.datapath.frames import HEADER, HIDDEN_MAX, Header
+from coeld.errors import FrameError
 from coeld.net.exchange import peer_error
 from coeld.net.sockets import prepare
 
@@ -23,10 +24,10 @@ RECEIVE_BYTES: Final = 1 << 14
 class Connection:
     """See the module. Not thread-safe."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, hidden_max: int = HIDDEN_MAX) -> None:
         prepare(sock)
         sock.settimeout(None)
-        self.sock = sock
+        self.sock, self.hidden_max = sock, hidden_max
         self.past: Past | None = None
         """What the last call of experts left on both ends."""
         self._in = bytearray(RECEIVE_BYTES)
@@ -69,6 +70,8 @@ class Connection:
             deadline_s = time.monotonic() + frame_s
             self._until(HEADER.size, deadline_s)
             header = frames.parse_header(memoryview(self._in)[: HEADER.size])
+            if header.hidden > self.hidden_max:  # before there is room for it
+                raise FrameError(f"rows of {header.hidden}, not of {self.hidden_max}")
             size = HEADER.size + header.payload_bytes
             if len(self._in) < size:  # the old buffer may still be looked at: it cannot grow
                 wider = bytearray(size)

@@ -251,16 +251,16 @@ class ExpertCalls:
         lost: list[tuple[NodeId, PeerError]] = []
         with self._lock:
             owing, self._owing = self._owing, []
-        for exchange in owing:
-            call = exchange.call
-            assert call is not None
+        owed = [(exchange, exchange.call) for exchange in owing if exchange.call is not None]
+        for exchange, call in owed:
             self._pump(exchange)
-            self._end_if_overdue(exchange, time.monotonic())
+            if call.outcome is None:  # else another thread may have its next call on the way
+                self._end_if_overdue(exchange, time.monotonic())
             if isinstance(call.outcome, PeerError) and not self._stuck(call, call.outcome):
                 lost.append((call.node, call.outcome))
         with self._lock:
-            self._owing += [exchange for exchange in owing if exchange.call is not None]
-            for node in {exchange.node for exchange in owing}:
+            self._owing += [exchange for exchange, call in owed if call.outcome is None]
+            for node in {call.node for _exchange, call in owed}:
                 if not any(exchange.node == node for exchange in self._owing):
                     self.paces.settled(node)
         for node, error in lost:

@@ -39,6 +39,7 @@ from coeld.net.tunnels import carry, connect, hand_on
 
 CONNECTIONS_MAX: Final = 128
 """Threads a server starts: a few for each of more decoders than a swarm of this kind has."""
+ACCEPT_AGAIN_S: Final = 0.05
 FRAME_TIMEOUT_S: Final = 5.0
 """A frame that has begun must be complete by then; between frames a peer may be silent."""
 PINGS: Final = 4
@@ -135,18 +136,25 @@ class PeerServer:
             try:
                 sock, _address = self._listener.accept()
             except OSError:
-                return
+                if self._listener.fileno() < 0:
+                    return
+                time.sleep(ACCEPT_AGAIN_S)  # no file descriptor is free, or it is closed just now
+                continue
             with self._lock:
                 full = len(self._connections) >= CONNECTIONS_MAX
                 if full:
                     self.refused += 1
                     sock.close()
                     continue
-                connection = Connection(sock)
+                connection = Connection(sock, hidden_max=0)  # no rows before it is known who calls
                 self._connections.add(connection)
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._converse, args=(connection,), name="peers.serve", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError:  # the system lets no further thread begin
+                self._let_go(connection)
 
     def _converse(self, connection: Connection) -> None:
         """One caller, until it leaves or breaks the protocol."""
@@ -179,10 +187,13 @@ class PeerServer:
             if host is not None:
                 host.close()
                 host = None
-            connection.close()
-            with self._lock:
-                self._connections.discard(connection)
-                self._left.notify_all()
+            self._let_go(connection)
+
+    def _let_go(self, connection: Connection) -> None:
+        connection.close()
+        with self._lock:
+            self._connections.discard(connection)
+            self._left.notify_all()
 
     def _greet(self, connection: Connection) -> socket.socket | None:
         """Check who calls. The connection to the device that is meant, if it is not this one."""
@@ -203,6 +214,7 @@ class PeerServer:
             return self._hand_on(connection, address, frames.pack_text(Kind.HELLO, 0, theirs))
         hello = frames.pack_text(Kind.HELLO, header.call_id, ours.to_json())
         connection.send(hello, FRAME_TIMEOUT_S)
+        connection.hidden_max = self._hidden
         return None
 
     def _hand_on(

@@ -50,13 +50,10 @@ def prepare(sock: socket.socket) -> None:
 
 def dial(address: tuple[str, int]) -> socket.socket:
     """One that begins to connect and blocks nowhere. Raises OSError."""
-    host, port = address
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock = socket.socket(_family(address[0]), socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         prepare(sock)
-        socket.inet_pton(family, host)  # a name would block on its resolution
-        sock.connect((host, port))
+        sock.connect(address)
     except BlockingIOError:
         pass
     except OSError:
@@ -67,9 +64,17 @@ def dial(address: tuple[str, int]) -> socket.socket:
 
 def connect(address: tuple[str, int], within_s: float) -> socket.socket:
     """Raises OSError, TimeoutError among them."""
+    _family(address[0])
     try:
         sock = socket.create_connection(address, timeout=DIAL_S)
     except TimeoutError:
         sock = socket.create_connection(address, timeout=within_s - DIAL_S)
     prepare(sock)
     return sock
+
+
+def _family(host: str) -> socket.AddressFamily:
+    """Raises OSError for what is no address: a name would block on its resolution."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.inet_pton(family, host)
+    return family

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from coeld.compression.transfer import SENSITIVITY_FIRST
+from coeld.datapath import dispatch
 from coeld.datapath.costs import Costs, Work, lots_work
 from coeld.datapath.dispatch import Dispatcher, RouteBoard, Stall
 from coeld.datapath.pace import Paces
@@ -381,6 +382,17 @@ def test_an_uncovered_layer_fails_with_the_missing_bytes() -> None:
     with pytest.raises(NotCovered, match="70 bytes") as caught:
         made.run(0, X, None, request())
     assert caught.value.missing_bytes == 70
+
+
+def test_an_only_owner_that_never_answers_ends_a_request_too(monkeypatch) -> None:
+    """Each call takes longer than a failure is remembered, so that it never has "just" failed."""
+    monkeypatch.setattr(dispatch, "COOLDOWN_S", 0.0)
+    peers = Peers({NODES[0]: set(range(EXPERTS))})
+    peers.faults[NODES[0]] = [PeerGone("frozen")] * 1_000_000
+    made = dispatcher(Runner(set()), peers, routes(peers.owners), patience_s=0.05)
+    with pytest.raises(NotCovered, match="could not be reached"):
+        made.run(0, X, None, request())
+    assert peers.faults[NODES[0]]
 
 
 def test_a_cancelled_request_does_not_wait() -> None:

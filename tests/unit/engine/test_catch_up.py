@@ -5,8 +5,10 @@ from random import Random
 
 import pytest
 
-from coeld.datapath import decoder
+from coeld.datapath import catch_up, decoder
 from coeld.datapath.frames import SpanCall
+from coeld.datapath.request import Cancelled, Request
+from coeld.engine.measure import Silent
 from coeld.routes import Leg
 from tests.harness.span_devices import (
     DEADLINE_S,
@@ -92,7 +94,7 @@ class Gate:
 @pytest.fixture
 def late(device, monkeypatch):
     """A asks B for layer 1, which C serves too. Calls of both are held back."""
-    monkeypatch.setattr(decoder, "LATE_S_MIN", 0.05)
+    monkeypatch.setattr(decoder, "LATE_S_MIN", 0.2)
     devices = [device(A), device(B), device(C)]
     routes = table(devices, [Leg(A, 0, 1), Leg(B, 1, 2), Leg(A, 2, 3)], [Leg(C, 1, 2)])
     for each in devices:
@@ -138,9 +140,10 @@ def test_an_answer_that_comes_late_but_first_is_taken(late, expected) -> None:
     assert guest_bytes_become(devices[2], 0)
 
 
-def test_what_has_caught_up_mends_a_way_that_is_lost_meanwhile(late, expected, monkeypatch) -> None:
+def catching_up_at_c(devices: list[Device], at_b: Gate, monkeypatch) -> tuple[Silent, Request]:
+    """An answer over B, after nine tokens, to which another way is told; that one waits for C."""
     monkeypatch.setattr(decoder, "SETTLED_S", 0.0)
-    devices, at_b, at_c = late
+    monkeypatch.setattr(decoder, "LATE_S_MIN", DEADLINE_S)
     at_b.let()
     listener = devices[0].submit()
     turn, (request,) = devices[0].model.scheduler.turn, devices[0].model.scheduler.active
@@ -148,6 +151,12 @@ def test_what_has_caught_up_mends_a_way_that_is_lost_meanwhile(late, expected, m
         turn()
     devices[0].follow(table(devices, [Leg(A, 0, 1), Leg(C, 1, 2), Leg(A, 2, 3)], epoch=2))
     turn()
+    return listener, request
+
+
+def test_what_has_caught_up_mends_a_way_that_is_lost_meanwhile(late, expected, monkeypatch) -> None:
+    devices, at_b, at_c = late
+    listener, request = catching_up_at_c(devices, at_b, monkeypatch)
     at_c.let(5)
     for _ in range(6):
         assert at_c.came.acquire(timeout=DEADLINE_S)
@@ -159,3 +168,49 @@ def test_what_has_caught_up_mends_a_way_that_is_lost_meanwhile(late, expected, m
     positions = [0, *range(len(PROMPT), len(PROMPT) + TOKENS - 1)]
     assert [asked.position for asked in at_c.asked] == positions, "none of five is run again"
     assert guest_bytes_become(devices[2], 0)
+
+
+def test_a_device_that_does_not_answer_a_catch_up_holds_no_other_answer_up(
+    late, expected, monkeypatch
+) -> None:
+    devices, at_b, at_c = late
+    monkeypatch.setattr(catch_up, "PASS_S", 0.05)
+    listener, request = catching_up_at_c(devices, at_b, monkeypatch)
+    assert at_c.came.acquire(timeout=DEADLINE_S)
+    devices[1].server.close()
+    devices[0].follow(table(devices, [Leg(A, 0, 3)], epoch=3))
+    devices[0].finish()
+    assert listener.tokens == expected
+    assert request.catching is None
+    assert len(at_c.asked) == 1
+    at_c.let()
+    assert guest_bytes_become(devices[2], 0)
+
+
+def test_who_leaves_while_it_goes_over_leaves_nothing_behind(device, monkeypatch) -> None:
+    monkeypatch.setattr(decoder, "SETTLED_S", 0.0)
+    devices = [device(node) for node in (A, B, C)]
+    for each in devices:
+        each.follow(table(devices, [Leg(A, 0, 1), Leg(B, 1, 2), Leg(A, 2, 3)]))
+    devices[0].submit(100)
+    scheduler = devices[0].model.scheduler
+    (request,) = scheduler.active
+    for _ in range(6):
+        scheduler.turn()
+    devices[0].follow(table(devices, [Leg(C, 0, 1), Leg(A, 1, 3)], epoch=2))
+    scheduler.turn()
+    assert request.catching is not None
+    assert request.catching.wait(DEADLINE_S)
+    front, forward = request.journey, devices[0].model.decoder.forward
+
+    def leave(journey, *rest):
+        if journey is not front:
+            assert devices[2].model.guests.bytes > 0
+            request.cancelled.set()
+            raise Cancelled
+        return forward(journey, *rest)
+
+    monkeypatch.setattr(devices[0].model.decoder, "forward", leave)
+    scheduler.turn()
+    assert scheduler.active == []
+    assert all(guest_bytes_become(each, 0) for each in devices)

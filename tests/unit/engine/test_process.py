@@ -120,6 +120,16 @@ def test_a_cancelled_request_makes_room_for_the_next(agent, tiny) -> None:
     assert text
 
 
+def test_a_request_cancelled_before_its_turn_is_never_run(agent, tiny) -> None:
+    open_all(agent, tiny)
+    for number in range(20):
+        agent.generate(f"gone {number}", max_tokens=200)
+        agent.say("cancel", id=f"gone {number}")
+    _text, message = agent.answer("one")
+    assert message["ev"] == "done"  # not Overloaded: two at most may be under way
+    assert agent.stats_when(lambda stats: stats["requests"] == 0)
+
+
 def test_quit_and_a_vanished_agent_both_end_the_engine(tiny_store) -> None:
     agent = Engine(tiny_store.root)
     agent.hear("ready")

@@ -8,12 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from coeld.api import serve as api_serve
 from coeld.api.serve import serve
 from coeld.errors import FetchFailed
 from coeld.model.manifest import BlobRef, Manifest
 from coeld.model.store import Store, file_sha256
 from coeld.net import blobs
-from coeld.net.blobs import BlobServer, Holder, Rate, fetch, fetch_manifest
+from coeld.net.blobs import BlobServer, Holder, Rate, _Connection, fetch, fetch_manifest
 
 NO_LIMIT = Rate(0)
 
@@ -173,13 +174,23 @@ async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
         await writer.drain()
 
 
+async def dripping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Never silent for long, and never done."""
+    request = (await reader.readuntil(b"\r\n\r\n")).decode()
+    writer.write(status_line(start_of(request)) + b"Content-Length: 100000\r\n\r\n")
+    while True:
+        writer.write(b"\0")
+        await writer.drain()
+        await asyncio.sleep(0.05)
+
+
 async def refusing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     await reader.readuntil(b"\r\n\r\n")
     writer.write(b"HTTP/1.1 404 x\r\nContent-Length: 0\r\n\r\n")
 
 
 SIZES: dict[str, int] = {}
-BAD = [silent, rubbish, lying, endless, refusing]
+BAD = [silent, rubbish, lying, endless, dripping, refusing]
 
 
 @pytest.mark.parametrize("how", BAD)
@@ -209,6 +220,48 @@ def test_a_bad_holder_alone_gives_a_typed_error_and_nothing_wrong(how, tiny, emp
 
     asyncio.run(main())
     assert not any(empty.has(ref) for ref in wanted)
+
+
+def test_a_connection_that_was_idle_for_too_long_is_opened_anew(tiny_store, tiny, empty) -> None:
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            connection, target = _Connection(holder), f"/manifests/{tiny.hash}"
+            assert [piece async for piece in connection.get(target, 0, 1 << 20)]
+            reader, writer = await connection._ready()
+            assert connection._streams == (reader, writer)
+            reader.feed_eof()
+            assert [piece async for piece in connection.get(target, 0, 1 << 20)]
+            connection.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64])
+def test_a_host_that_no_name_service_would_take_is_passed_over(host, tiny_store, tiny) -> None:
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            found = await fetch_manifest(tiny.hash, [Holder(host, 9), holder])
+            assert found.hash == tiny.hash
+
+    asyncio.run(main())
+
+
+def test_strangers_who_say_nothing_do_not_keep_others_out(tiny_store, tiny, monkeypatch) -> None:
+    monkeypatch.setattr(api_serve, "CONNECTIONS_MAX", 3)
+    monkeypatch.setattr(api_serve, "REQUEST_S", 0.2)
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            opened = [await asyncio.open_connection(holder.host, holder.port) for _ in range(3)]
+            opened[0][1].write(b"GET / HT")
+            with pytest.raises(FetchFailed, match="503"):
+                await fetch_manifest(tiny.hash, [holder])
+            for reader, writer in opened:
+                assert await asyncio.wait_for(reader.read(), 5) == b""
+                writer.close()
+            assert (await fetch_manifest(tiny.hash, [holder])).hash == tiny.hash
+
+    asyncio.run(main())
 
 
 def test_nobody_to_ask_is_an_error_and_what_came_is_kept(tiny_store, tiny, empty) -> None:

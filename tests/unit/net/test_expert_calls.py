@@ -71,6 +71,45 @@ def test_a_late_answer_is_taken_off_and_the_next_call_gets_its_own(pool, sluggis
     assert (pool.stats()[SERVER].late, pool.stats()[SERVER].failures) == (1, 0)
 
 
+def test_threads_that_share_a_pool_never_share_a_connection(pool) -> None:
+    """Whoever sweeps gives free what another takes at once: forced, between the two looks."""
+    answer = threading.Event()
+
+    def run_late(layer, experts, x, gates):
+        if layer != 1:
+            answer.wait(5)
+        return run(layer, experts, x, gates)
+
+    server = PeerServer("127.0.0.1", 0)
+    server.serve(introduction(SERVER), HIDDEN, run_late)
+    address, calls, theirs = (server.host, server.port), pool._experts, []
+    pool.result(pool.call(SERVER, address, 1, [1, 2], X, None))
+    late = pool.call(SERVER, address, 7, [1, 2], X, None)
+    pool.give_up(late)
+    answer.set()
+    assert late.exchange.wait(3)
+    answer.clear()
+    account = calls._account
+
+    def taken_at_once(call) -> None:
+        account(call)
+        if call is late:
+            other = threading.Thread(
+                target=lambda: theirs.append(pool.call(SERVER, address, 4, [1, 2], X, None))
+            )
+            other.start()
+            other.join()
+
+    calls._account = taken_at_once
+    mine = pool.call(SERVER, address, 1, [1, 2], X, None)
+    assert theirs[0].exchange is late.exchange
+    assert calls._owing == []
+    assert np.array_equal(pool.result(mine), X * 4)
+    answer.set()
+    assert np.array_equal(pool.result(theirs[0]), X * 10)
+    server.close()
+
+
 def test_a_given_up_call_that_is_never_answered_closes_the_connection_and_is_told(sluggish) -> None:
     lost: list[tuple[NodeId, PeerError]] = []
     pool = PeerPool(introduction(CALLER), 0.2, lambda node, exc: lost.append((node, exc)))

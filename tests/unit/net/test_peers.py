@@ -1,5 +1,8 @@
 """The sockets of the data path, on loopback, with good peers and bad ones."""
 
+import contextlib
+import os
+import resource
 import socket
 import struct
 import threading
@@ -128,6 +131,15 @@ def test_rows_of_another_width_are_refused(server) -> None:
         assert kind is Kind.ERROR
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_there_is_no_room_for_rows_that_are_too_wide_or_of_a_stranger(server, known) -> None:
+    hidden = HIDDEN + 1 if known else HIDDEN
+    with greeted(server) if known else raw(server) as sock:
+        pieces = frames.pack_experts(1, 0, [0], np.zeros((1, hidden), np.float32))
+        sock.sendall(b"".join(pieces)[: HEADER.size])
+        assert f"rows of {hidden}" in message_from(sock)  # before the rows themselves
+
+
 def message_from(sock: socket.socket) -> str:
     """What the ERROR says that the server sends next."""
     header = frames.parse_header(sock.recv(HEADER.size, socket.MSG_WAITALL))
@@ -205,6 +217,37 @@ def test_connections_beyond_the_limit_are_closed(server, monkeypatch) -> None:
         assert extra.recv(1) == b""
     for sock in kept:
         sock.close()
+
+
+def test_no_file_descriptor_for_a_moment_and_the_server_serves_on(server, pool) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    with socket.socket() as waiting:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        try:
+            with contextlib.suppress(OSError):
+                while True:
+                    held.append(os.dup(0))
+            waiting.connect((server.host, server.port))
+            waiting.settimeout(3 * peers.ACCEPT_AGAIN_S)
+            with pytest.raises(TimeoutError):
+                waiting.recv(1)
+        finally:
+            for fd in held:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(ask(pool, server), X * 4)
+
+
+def test_no_thread_for_a_caller_and_the_server_serves_on(server, pool, monkeypatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with raw(server) as sock:
+            assert sock.recv(1) == b""
+    assert np.array_equal(ask(pool, server), X * 4)
 
 
 @pytest.mark.parametrize(

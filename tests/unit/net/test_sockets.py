@@ -92,3 +92,10 @@ def test_a_kernel_that_cannot_be_told_to_send_again_sooner_will_do() -> None:
 
     sockets.prepare(OldKernel())
     assert told == {(level, option) for level, option, _value in sockets.OPTIONS}
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, "localhost", "", "1.2.3", "fe80::1::2"])
+def test_what_is_no_address_is_not_asked_of_a_name_service(host: str) -> None:
+    for way in (sockets.dial, lambda address: sockets.connect(address, 1.0)):
+        with pytest.raises(OSError, match="illegal IP address"):
+            way((host, 9))
