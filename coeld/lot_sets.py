@@ -13,11 +13,13 @@ from typing import Any, Final
 
 from coeld.errors import FrameError
 from coeld.ids import Lot
+from coeld.json_values import integer
 from coeld.routes import EXPERTS_PER_LAYER_MAX, LAYERS_MAX
 
-LOTS_PER_RECORD_MAX: Final = 4096
-RUNS_MAX: Final = 2
-"""Runs of one layer with equal extras; more travel as bits, which are shorter then."""
+LOTS_PER_RECORD_MAX: Final = 32768
+"""A device may hold all of the largest models there are: 48 layers of 512 experts, 60 of 384."""
+RUN_CHARS: Final = 8
+"""A row that names one run of a layer takes at least so many more than its extras do."""
 
 _BITS: Final = re.compile(rf"[0-9a-f]{{1,{EXPERTS_PER_LAYER_MAX // 4}}}\Z")
 
@@ -43,11 +45,10 @@ def pack(items: Iterable[tuple[Lot, tuple[int, ...]]]) -> list[Row]:
         groups.setdefault((lot.layer, extra), []).append(lot)
     rows: list[Row] = []
     for (layer, extra), lots in groups.items():
-        runs = lot_runs(lots)
-        if len(runs) <= RUNS_MAX:
+        runs, first = lot_runs(lots), lots[0].expert
+        if (lots[-1].expert - first) // 4 >= RUN_CHARS * (len(runs) - 1):
             rows += [[*run, *extra] for run in runs]
         else:
-            first = lots[0].expert
             bits = sum(1 << lot.expert - first for lot in lots)
             rows.append([layer, first, f"{bits:x}", *extra])
     return rows
@@ -83,10 +84,3 @@ def _experts(which: Any, first: int) -> list[int] | range:
     if not bits or first + bits.bit_length() > EXPERTS_PER_LAYER_MAX:
         raise FrameError("bits name no expert, or one that cannot be: message ignored")
     return [first + i for i, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
-
-
-def integer(value: Any, what: str, most: int, least: int = 0) -> int:
-    """`value`, if it is an integer within these bounds. Raises FrameError."""
-    if type(value) is not int or not least <= value <= most:
-        raise FrameError(f"{what}={str(value)[:24]!r} is not an integer in {least}..{most}")
-    return value

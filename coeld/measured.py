@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple
 
 from coeld.errors import FrameError
 from coeld.ids import NodeId
-from coeld.lot_sets import integer
+from coeld.json_values import integer
 
 LINKS_MAX: Final = 64
 RTT_US_MAX: Final = 60_000_000

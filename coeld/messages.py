@@ -12,7 +12,6 @@ it with `mosquitto_sub`; lots travel as runs [layer, first, count, …] so that 
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from itertools import pairwise
@@ -21,8 +20,14 @@ from typing import Any, NamedTuple
 from coeld.asked import NOTHING, Asked, asked_from_json, asked_to_json
 from coeld.errors import FrameError
 from coeld.ids import Lot, ModelHash, NodeId
+from coeld.json_values import address as _address
+from coeld.json_values import distinct as _distinct
+from coeld.json_values import integer as _int
+from coeld.json_values import items as _list
+from coeld.json_values import matching as _match
+from coeld.json_values import node as _node
+from coeld.json_values import text as _text
 from coeld.lot_sets import LOTS_PER_RECORD_MAX, pack, unpack
-from coeld.lot_sets import integer as _int
 from coeld.measured import LINKS_MAX, MeasuredLink, links_from_json
 from coeld.releases import NO_VERSIONS, Versions, versions_from_json
 from coeld.routes import LAYERS_MAX
@@ -38,20 +43,18 @@ ENTRIES_MAX = 1024
 WANTED_MAX = 256
 PARTS_MAX = 256
 RECORDS_MAX = 64
+LOTS_PER_DELTA_MAX = 2 * LOTS_PER_RECORD_MAX  # claimed and served: a few bytes name thousands
 SPANS_MAX = 256
 COPIES_MAX = 8
 NAME_CHARS_MAX = 64
-HOST_CHARS_MAX = 253
 COUNTER_MAX = 2**53 - 1  # what every JSON reader keeps exact
 CUT_US_MAX = 10**7
 BID_MAX = 2**62
 
-_NODE_ID = re.compile(r"[0-9a-f]{16}\Z")
 _MODEL = re.compile(r"[0-9a-f]{64}\Z")
 _MODEL_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}\Z")
 _FINGERPRINT = re.compile(r"(?:[0-9a-f]{16})?\Z")
 _SUMS = re.compile(r"(?:[0-9a-f]{8}){1,256}\Z")
-_HOST = re.compile(r"[A-Za-z0-9._:%\-]*\Z")
 
 
 class Status(IntEnum):
@@ -256,8 +259,7 @@ def decode(data: bytes) -> Message:
         entries = _entries(value, "members")
         return Digest(*head, entries, *_differing(value))
     if kind == KIND_DELTA:
-        records = tuple(_record(row) for row in _list(value, "records", RECORDS_MAX))
-        return Delta(*head, records)
+        return Delta(*head, _records(_list(value, "records", RECORDS_MAX)))
     raise FrameError(f"unknown kind of control message {str(kind)[:16]}: ignored")
 
 
@@ -322,6 +324,16 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         if record.narrow:
             value["narrow"] = record.narrow
     return value
+
+
+def _records(rows: list[Any]) -> tuple[Record, ...]:
+    records, lots = [], 0
+    for row in rows:
+        records.append(_record(row))
+        lots += len(records[-1].claims) + len(records[-1].serving)
+        if lots > LOTS_PER_DELTA_MAX:
+            raise FrameError(f"records name more than {LOTS_PER_DELTA_MAX} lots: message ignored")
+    return tuple(records)
 
 
 def _record(value: Any) -> Record:
@@ -457,42 +469,3 @@ def _differing(value: dict[str, Any]) -> tuple[int, tuple[int, ...]]:
 
 def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is not a number of JSON")
-
-
-def _text(value: dict[str, Any], key: str, chars_max: int) -> str:
-    text = value.get(key)
-    if not isinstance(text, str) or len(text) > chars_max or not text.isprintable():
-        raise FrameError(f"{key} is not printable text of at most {chars_max} characters")
-    return text
-
-
-def _match(value: Any, pattern: re.Pattern[str], what: str) -> str:
-    if not isinstance(value, str) or not pattern.match(value):
-        raise FrameError(f"{what}={str(value)[:24]!r} is malformed: message ignored")
-    return value
-
-
-def _node(value: Any) -> NodeId:
-    return NodeId(_match(value, _NODE_ID, "node id"))
-
-
-def _list(value: dict[str, Any], key: str, most: int) -> list[Any]:
-    items = value.get(key)
-    if not isinstance(items, list) or len(items) > most:
-        raise FrameError(f"{key} is not a list of at most {most} items: message ignored")
-    return items
-
-
-def _address(value: dict[str, Any], key: str) -> tuple[str, int]:
-    pair = _list(value, key, 2)
-    if len(pair) != 2 or not isinstance(pair[0], str) or len(pair[0]) > HOST_CHARS_MAX:
-        raise FrameError(f"{key} is not [host, port]: message ignored")
-    return _match(pair[0], _HOST, f"{key} host"), _int(pair[1], f"{key} port", 65535)
-
-
-def _distinct(items: Iterable[NodeId], what: str) -> None:
-    seen: set[NodeId] = set()
-    for item in items:
-        if item in seen:
-            raise FrameError(f"{what} names {item} twice: message ignored")
-        seen.add(item)

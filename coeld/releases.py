@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from coeld.errors import FrameError
 from coeld.ids import ModelHash
-from coeld.lot_sets import integer
+from coeld.json_values import integer
 
 VERSION_MAX: Final = 2**31 - 1
 

@@ -25,6 +25,7 @@ VOCABULARY = (
     "effects",
     "messages",
     "lot_sets",
+    "json_values",
     "asked",
     "measured",
     "releases",

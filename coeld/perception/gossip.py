@@ -9,15 +9,20 @@ reconciliation: van Renesse et al., 2008).
 from collections.abc import Iterable
 
 from coeld.ids import ModelHash
-from coeld.messages import ENTRIES_MAX, RECORDS_MAX, Entry, Record, Status
+from coeld.messages import (
+    ENTRIES_MAX,
+    LOTS_PER_DELTA_MAX,
+    MESSAGE_BYTES_MAX,
+    RECORDS_MAX,
+    Entry,
+    Record,
+    Status,
+)
 from coeld.perception.fingerprint import part_of
 from coeld.perception.membership import precedence
 from coeld.releases import Progress, Release
 
-DELTA_BYTES_MAX = 200 * 1024  # estimated; leaves room below MESSAGE_BYTES_MAX
-RECORD_BYTES = 700
-LOT_BYTES = 40  # more than one run of one lot takes
-LINK_BYTES = 48
+DELTA_BYTES_MAX = MESSAGE_BYTES_MAX - 1024  # beside its head
 
 Version = tuple[int, int]
 NOTHING: Version = (0, 0)
@@ -39,18 +44,19 @@ def newer(fresh: Record, held: Record | None) -> bool:
 
 
 def parcels(records: Iterable[Record]) -> list[tuple[Record, ...]]:
-    """Records in groups that each fit into one message."""
+    """Records in groups that each fit into one message. One that does not even fit alone, which no
+    honest device writes, is not passed on."""
     groups: list[list[Record]] = []
-    room = 0
+    room = lots_room = 0
     for record in records:
-        size = RECORD_BYTES + LOT_BYTES * (len(record.claims) + len(record.serving))
-        size += sum(map(len, record.asked.popularity)) + len(record.asked.popularity)
-        size += LINK_BYTES * len(record.links)
-        if not groups or size > room or len(groups[-1]) >= RECORDS_MAX:
+        size, lots = len(record.to_json()) + 1, len(record.claims) + len(record.serving)
+        if size > DELTA_BYTES_MAX:
+            continue
+        if not groups or size > room or lots > lots_room or len(groups[-1]) >= RECORDS_MAX:
             groups.append([])
-            room = DELTA_BYTES_MAX
+            room, lots_room = DELTA_BYTES_MAX, LOTS_PER_DELTA_MAX
         groups[-1].append(record)
-        room -= size
+        room, lots_room = room - size, lots_room - lots
     return [tuple(group) for group in groups]
 
 

@@ -254,3 +254,15 @@ def test_without_spans_layers_are_whole_and_nobody_announces_any() -> None:
     checkers.at_rest(world)
     assert torn(world) == []
     assert all(not d.table.legs and not d.table.spans for d in world.up() if d.table is not None)
+
+
+@pytest.mark.parametrize("rooms", [[7000], [5000, 3000]])
+def test_a_device_with_room_for_thousands_of_lots_takes_them_all(rooms: list[int]) -> None:
+    """48 layers of 128 experts."""
+    demand = replace(MODEL, layers=48, experts=128, top_k=8)
+    specs = [Spec(demand.trunk_bytes + room * demand.lot_bytes, FAST) for room in rooms]
+    world = World(1, specs, demand)
+    world.start_all()
+    world.run(30)
+    for device in world.up():
+        assert (len(device.table.owners), device.table.missing_bytes) == (6144, 0)

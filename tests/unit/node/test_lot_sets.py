@@ -7,7 +7,7 @@ import pytest
 
 from coeld.errors import FrameError
 from coeld.ids import Lot
-from coeld.lot_sets import LOTS_PER_RECORD_MAX, lot_runs, pack, unpack
+from coeld.lot_sets import LOTS_PER_RECORD_MAX, RUN_CHARS, lot_runs, pack, unpack
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -46,7 +46,7 @@ def test_scattered_experts_of_a_layer_take_one_row_and_whole_layers_one_run() ->
         [[1024, 0, 1]],
         [[0, 0, 2], [0, 1, 1]],
         [[0, 1, "5"], [0, 3, 1]],
-        [[0, 0, 4096], [1, 0, 1]],
+        [*([layer, 0, 4096] for layer in range(8)), [8, 0, 1]],
         [[0, 0, 1, 1]],
         [[0, 0]],
         "no row",
@@ -58,4 +58,15 @@ def test_rows_that_name_no_lots_or_too_many_or_one_twice_are_refused(rows: list[
 
 
 def test_as_many_lots_as_a_record_may_name_are_taken() -> None:
-    assert len(unpack([[7, 0, "f" * 1024]], 0, 0)) == LOTS_PER_RECORD_MAX
+    rows = [[layer, 0, "f" * 1024] for layer in range(8)]
+    assert len(unpack(rows, 0, 0)) == LOTS_PER_RECORD_MAX
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_of_bits_is_never_much_longer_than_its_runs(seed: int) -> None:
+    """Else a short message would come out again as one that is too long to pass on."""
+    rng = Random(seed)
+    lots = sorted(rng.sample(range(4096), rng.choice([2, 3, 5, 50, 2000])))
+    rows = pack((Lot(9, expert), ()) for expert in lots)
+    runs = lot_runs(Lot(9, expert) for expert in lots)
+    assert len(json.dumps(rows)) <= len(json.dumps(runs)) + RUN_CHARS
