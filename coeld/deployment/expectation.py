@@ -39,7 +39,8 @@ def expected_us(
     records: Iterable[Record],
     costs: Learned,
 ) -> int | None:
-    """Microseconds per decoded token of one request at `me`; None: some lot has no owner."""
+    """Microseconds per decoded token of one request at `me`; None: a lot has no owner, or a leg
+    leads to a device that cannot be called."""
     there = [record for record in records if record.origin == me or record.data_port]
     demand = observed(demand, there)
     told = facts_among(demand, there).model()
@@ -47,6 +48,8 @@ def expected_us(
     if me not in index or any(not set(nodes) & index.keys() for nodes in table.owners.values()):
         return None
     if len(table.owners) < demand.layers * demand.experts:
+        return None
+    if any(leg.node not in index for leg in table.legs):
         return None
     return _Expectation(demand, table, me, told, costs).token_ns() // 1000
 

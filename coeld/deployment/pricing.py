@@ -49,10 +49,8 @@ def claimable(mine: int, everybody: Iterable[int], demand: ModelDemand) -> int:
 
 def missing_lots(unclaimed: int, everybody: Iterable[int], demand: ModelDemand) -> int:
     """For how many lots there is no room, when so many are unclaimed: room for a part of a layer
-    is room, though it is not claimed."""
-    rooms = list(everybody)
-    left = 0 if _parts(rooms, demand) else sum(room - _whole(room, demand) for room in rooms)
-    return max(0, unclaimed - left)
+    is room, though it is not claimed, and so is room for what cannot be loaded."""
+    return max(0, min(unclaimed, demand.layers * demand.experts - sum(everybody)))
 
 
 def _parts(rooms: Sequence[int], demand: ModelDemand) -> bool:

@@ -15,7 +15,7 @@ from coeld.deployment.cost import CUT_US, LAN, Device, Link, Tier
 from coeld.deployment.popularity import observed, weight
 from coeld.deployment.pricing import capacity
 from coeld.deployment.proposal import Facts, tie
-from coeld.deployment.widths import must_narrow
+from coeld.deployment.widths import must_narrow, narrow_capacity
 from coeld.measured import MeasuredLink
 from coeld.messages import Record
 from coeld.view import ModelDemand
@@ -88,19 +88,23 @@ def both_ways(out: MeasuredLink | None, back: MeasuredLink | None) -> Link | Non
 def considered(demand: ModelDemand, records: Iterable[Record]) -> list[Record]:
     """Whom a proposal may give lots: the fastest, until there is room enough.
 
-    Where the fast ones have room for the model, who is far slower could only make it worse: with
-    its room whole layers might fit where parts did, and be placed at it.
+    Where the fast ones have room for the model, be it in fewer bits, who is far slower could only
+    make it slower: with its room whole layers might fit where parts did, or lots as they are
+    stored, and be placed at it.
     """
     ranked = sorted(records, key=lambda r: (-_speeds(r)[0], -tie(r.origin, 0), r.origin))
-    lots, rooms = demand.layers * demand.experts, 0
+    lots, rooms, least_rooms = demand.layers * demand.experts, 0, 0
+    least = capacity if any(record.stays_wide for record in ranked) else narrow_capacity
     chosen: list[Record] = []
     for record in ranked[:CONSIDERED_MAX]:
         if rooms >= ENOUGH * lots and len(chosen) >= ENOUGH:
             break
-        if rooms >= lots and chosen and UNNEEDED * _speeds(record)[0] < _speeds(chosen[-1])[0]:
+        suffices = max(rooms, least_rooms) >= lots and chosen
+        if suffices and UNNEEDED * _speeds(record)[0] < _speeds(chosen[-1])[0]:
             break
         chosen.append(record)
         rooms += capacity(record.memory_budget_bytes, demand)
+        least_rooms += least(record.memory_budget_bytes, demand)
     return chosen
 
 

@@ -78,8 +78,8 @@ class Membership:
         return {node for node, member in self._timed.items() if member.status == Status.SUSPECT}
 
     def gone(self) -> list[Member]:
-        """The dead, who may come back; not those who left."""
-        return [member for member in self._timed.values() if member.status == Status.DEAD]
+        """The dead and those who left, who may come back where nobody here hears of it."""
+        return [member for member in self._timed.values() if member.status >= Status.DEAD]
 
     # ---- news ------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ class Swarm:
     """Those of `staying` that may go."""
     fetching: bool
     """Does any device with another version open still fetch the new one?"""
+    elsewhere: Collection[Record]
+    """They may go too, from a third version."""
     gone: Collection[Record]
     """They have gone over, or are on the way: nothing is open there."""
     suspects: Collection[NodeId]
@@ -70,7 +72,7 @@ class Swarm:
         room: Callable[[int, ModelDemand], int],
     ) -> "Swarm":
         staying: dict[NodeId, Record] = {}
-        ready, gone, fetching = set(), [], False
+        ready, elsewhere, gone, fetching = set(), [], [], False
         for record in records:
             versions = record.versions
             named = versions.name == new.name
@@ -84,9 +86,11 @@ class Swarm:
                 staying[record.origin] = record
                 if told and versions.progress is Progress.READY:
                     ready.add(record.origin)
+            elif told and versions.progress is Progress.READY:
+                elsewhere.append(record)
             if named and record.model is not None:
                 fetching |= not told or versions.progress is Progress.FETCHING
-        return Swarm(old, new, staying, ready, fetching, gone, suspects, room)
+        return Swarm(old, new, staying, ready, fetching, elsewhere, gone, suspects, room)
 
     def turn(self, me: NodeId) -> Turn:
         """What `me`, which has the old version open, is to do now."""
@@ -96,8 +100,9 @@ class Swarm:
         if self.fetching and len(served) == _lots(self.old):
             return Turn.STAY
         lots = _lots(self.new)
-        room = sum(self._room(record) for record in self.gone)
-        if room + sum(self._room(self.staying[node]) for node in self.ready) < lots:
+        room = sum(map(self._room, self.gone))
+        going = [*(self.staying[node] for node in self.ready), *self.elsewhere]
+        if room + sum(map(self._room, going)) < lots:
             return Turn.STAY
         if len(self._served(self.new, self.gone)) == lots:
             return Turn.ALL

@@ -259,3 +259,20 @@ def test_an_older_version_never_wins_back() -> None:
     world.release(late, NEW, Progress.READY)
     world.run(15)
     ended(world)
+
+
+def test_devices_on_three_versions_end_on_the_newest() -> None:
+    """Those on neither of the older ones have room for all of it."""
+    world = swarm(1, [40, 40, 40, 40])
+    world.watchers.remove(nobody_is_left_alone)
+    everywhere(world)
+    world.release(world.device(2), NEW, Progress.FAILED)
+    world.run(30)
+    assert [device.demand for device in world.up()] == [NEW, NEW, OLD, NEW]
+    world.crash(world.device(3))
+    world.run(15)
+    newest = replace(NEW, model=ModelHash("8b" * 32), version=3)
+    for device in world.up():
+        world.release(device, newest, Progress.READY)
+    world.run(30)
+    assert all(device.demand is newest and answers(world, device) for device in world.up())

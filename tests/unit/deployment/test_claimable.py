@@ -29,6 +29,11 @@ def test_where_the_model_does_not_fit_no_layer_is_begun_that_others_would_have_t
     assert missing_lots(0, [45, 43], DEMAND) == 0
 
 
+def test_what_cannot_be_loaded_though_there_is_room_is_no_lack_of_memory() -> None:
+    assert missing_lots(3, [80], DEMAND) == 0
+    assert missing_lots(0, [70], DEMAND) == 0, "served still, after memory was taken away"
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_what_can_be_covered_is_covered(seed: int) -> None:
     """Rounding never loses coverage that the swarm has room for."""

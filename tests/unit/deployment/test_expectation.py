@@ -108,6 +108,9 @@ def test_without_an_owner_nothing_is_expected() -> None:
     holes = table(DENSE, lambda lot: (A,))
     some = {lot: nodes for lot, nodes in holes.owners.items() if lot.layer}
     assert expected(DENSE, replace(holes, owners=some)) is None
+    unreachable = replace(holes, legs=(Leg(A, 0, 1), Leg(B, 1, 4)))
+    silent = replace(record(B), data_host="", data_port=0)
+    assert expected(DENSE, unreachable, records=[record(A), silent]) is None
     gone = table(DENSE, lambda lot: (B,))
     assert expected(DENSE, gone, records=[record(A)]) is None
     assert expected(DENSE, gone, records=[record(B)]) is None

@@ -7,6 +7,7 @@ from coeld.deployment.placement import PATIENCE, URGENT_PATIENCE, Quiet
 from coeld.deployment.pricing import PROPOSED, bids, capacity, value_us
 from coeld.deployment.proposal import tie
 from coeld.ids import Lot, ModelHash, NodeId
+from coeld.lot_sets import LOTS_PER_RECORD_MAX
 from coeld.messages import BID_MAX
 from coeld.view import ModelDemand
 
@@ -23,7 +24,7 @@ def test_capacity_is_what_is_left_beside_the_trunk_and_never_negative() -> None:
     assert capacity(30_000_000 + 350_000 * 7 + 349_999, DEMAND) == 7
     assert capacity(29_999_999, DEMAND) == 0
     assert capacity(0, DEMAND) == 0
-    assert capacity(10**15, replace(DEMAND, lot_bytes=0)) == 4096
+    assert capacity(10**15, replace(DEMAND, lot_bytes=0)) == LOTS_PER_RECORD_MAX
 
 
 def test_a_lot_is_worth_the_microseconds_it_saves_all_who_ask() -> None:

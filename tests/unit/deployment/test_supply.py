@@ -5,7 +5,7 @@ from dataclasses import replace
 from coeld.asked import NOTHING, Asked, Rates
 from coeld.deployment.cost import CUT_US, LAN, Link
 from coeld.deployment.popularity import STRANGER, WEIGHT_MAX
-from coeld.deployment.supply import SPARING, UNNEEDED, facts_among, facts_of
+from coeld.deployment.supply import SPARING, UNNEEDED, considered, facts_among, facts_of
 from coeld.ids import ModelHash, NodeId
 from coeld.measured import MeasuredLink
 from coeld.messages import Record
@@ -51,6 +51,19 @@ def test_a_device_on_a_low_battery_counts_as_slow_and_takes_what_is_left() -> No
     assert (first.node, first.tiers[0].mb_per_s) == (A, 4000 // SPARING)
     assert first.tiers[0].row_mb_per_s == 12_000 // SPARING
     assert second.tiers[0].mb_per_s == 1000
+
+
+def test_a_far_slower_device_gets_no_lots_to_have_them_as_stored_where_they_fit_in_fewer_bits() -> (
+    None
+):
+    demand = replace(DEMAND, narrow_lot_bytes=600, narrow_first=tuple(range(4)))
+    fast = [replace(record(node, 16_000), memory_budget_bytes=3500) for node in (A, B)]
+    slow, slower = (record(NodeId("c" * 16), 16_000 // n) for n in (UNNEEDED, UNNEEDED + 1))
+    assert facts_of(demand, fast).narrow
+    assert considered(demand, [*fast, slower]) == considered(demand, fast)
+    assert slow in considered(demand, [*fast, slow])
+    wide = [replace(each, stays_wide=True) for each in fast]
+    assert slower in considered(demand, [*wide, slower]), "nobody may hold fewer bits"
 
 
 def test_askers_weigh_as_much_as_they_ask_for_and_all_alike_while_nobody_asks() -> None:
