@@ -212,11 +212,25 @@ def cache_bytes(demand: ModelDemand, layers: int, askers: int) -> int:
     return max(0, one * layers * askers // max(1, demand.layers) - one)
 
 
+def layers_with_caches(demand: ModelDemand, room_bytes: int, askers: int) -> int:
+    """How many whole layers fit beside the trunk with their KV caches, so that all can be spans."""
+    layer_bytes = max(1, demand.experts * demand.lot_bytes)
+    layers = min(demand.layers, room_bytes // layer_bytes)
+    while layers and layers * layer_bytes + cache_bytes(demand, layers, askers) > room_bytes:
+        layers -= 1
+    return layers
+
+
 def spans_that_fit(
-    demand: ModelDemand, wanted: Collection[int], askers: int, free_bytes: int
+    demand: ModelDemand,
+    wanted: Collection[int],
+    mine: Collection[int],
+    askers: int,
+    free_bytes: int,
 ) -> set[int]:
-    """As many of the wanted layers, the first ones, as their KV caches have room for."""
-    ranked = sorted(wanted)
+    """As many of the wanted layers, first those that are `mine` to serve, as their KV caches have
+    room for."""
+    ranked = sorted(wanted, key=lambda layer: (layer not in mine, layer))
     while ranked and cache_bytes(demand, len(ranked), askers) > free_bytes:
         ranked.pop()
     return set(ranked)

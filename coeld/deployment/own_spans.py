@@ -52,11 +52,13 @@ class OwnSpans:
             some = (record for record in records if record.origin in known)
             facts = facts_among(demand, some, facts.spans)
         device = [device.node for device in facts.devices].index(self.me)
-        torn = {layer for layer, nodes in _owners(winners).items() if len(nodes) > 1}
+        owned = _owners(winners)
+        torn = {layer for layer, nodes in owned.items() if len(nodes) > 1}
+        mine = {layer for layer, nodes in owned.items() if nodes == {self.me}}
         whole = whole_layers(demand, me.serving) - torn
         found = spans_worth(facts.model(), device, whole, now)
         free_bytes = me.memory_budget_bytes - demand.trunk_bytes - held_bytes
-        return frozenset(spans_that_fit(demand, found, len(records), free_bytes))
+        return frozenset(spans_that_fit(demand, found, mine, len(records), free_bytes))
 
     def borders(self, winners: Mapping[Lot, NodeId]) -> frozenset[int]:
         """Where the auction's owner changes: no span crosses it, so that others who hold what is on

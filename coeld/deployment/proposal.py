@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from coeld.deployment.blocks import block_ns, blocks, completed
-from coeld.deployment.chains import placement_ns
+from coeld.deployment.chains import layers_with_caches, placement_ns
 from coeld.deployment.cost import PPM, CostModel, Device, Link, Share
 from coeld.deployment.naming import named
 from coeld.deployment.search import Search
@@ -97,7 +97,14 @@ class Deliberation:
         demand = facts.demand
         self._rooms = [tier.memory_bytes // max(1, demand.lot_bytes) for tier in self.model.tiers]
         self._layers = [room // demand.experts for room in self._rooms]
-        """Whole layers that fit at each site, or that it takes if some are narrow."""
+        """Whole layers that fit at each site, or that it takes if some are narrow; with the KV
+        caches of spans if all layers fit so: one that cannot be in a span costs a call of its own.
+        """
+        if facts.spans:
+            askers, rooms = len(self.model.askers), [t.memory_bytes for t in self.model.tiers]
+            roomy = [layers_with_caches(demand, room, askers) for room in rooms]
+            if sum(roomy) >= demand.layers:
+                self._layers = roomy
         if facts.narrow:
             rooms = [tier.memory_bytes for tier in self.model.tiers]
             self._layers = quotas(demand, rooms, self._order())

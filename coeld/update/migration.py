@@ -3,12 +3,12 @@
 Each lot walks through one table of states; a move that the table does not know is a programming
 mistake. A lot that others won is kept until they all serve it, for who loads slowly should take no
 replica away, and for `linger_s` more: requests whose caches lie along this device go over to
-another way meanwhile. Where its room is needed it goes as soon as any other serves it, so that full
-devices do not wait for each other in a circle, and one layer after the other is exchanged. When
-memory is short for a lot that nobody serves, room is made in this order: lots won by others that
-others serve, own replicas that others serve, and only then lots won by others that nobody else
-serves yet (a hole is traded for a hole that is ours to fill). Loading and draining lots count
-against the budget, because their bytes are in memory.
+another way meanwhile. Where its room is needed it goes as soon as any other serves it, and a
+replica gives way to what is none, so that full devices do not wait for each other in a circle, and
+one layer after the other is exchanged. When memory is short for a lot that nobody serves, room is
+made in this order: lots won by others that others serve, own replicas that others serve, and only
+then lots won by others that nobody else serves yet (a hole is traded for a hole that is ours to
+fill). Loading and draining lots count against the budget, because their bytes are in memory.
 
 A lot may be held in fewer bits than it is stored in (coeld.deployment.widths). One that changes its
 width is read again beside itself and answers meanwhile, so both forms count. What gets narrower
@@ -216,7 +216,8 @@ class Migration:
         if rest and not holes and not self.busy:
             layer = [lot for lot in rest if lot.layer == rest[0].layer]
             need = sum(sizes[lot.layer in wish.narrow] for lot in layer) - room
-            drop += self._lost(wish, need - self._draining_bytes(drop, sizes), drop, sizes)
+            need -= self._draining_bytes(drop, sizes)
+            drop += self._lost(wish, need, drop, sizes, wish.won[rest[0]] == 0)
         need = sum(sizes[lot.layer in wish.narrow] for lot in holes)
         if holes and need > room and not narrower:
             need -= room + self._draining_bytes(drop, sizes)
@@ -266,12 +267,15 @@ class Migration:
         return holes, moves + [lot for lot in free if wish.won[lot] > 0]
 
     def _lost(
-        self, wish: Wish, need: int, taken: Collection[Lot], sizes: tuple[int, int]
+        self, wish: Wish, need: int, taken: Collection[Lot], sizes: tuple[int, int], moves: bool
     ) -> list[Lot]:
         """More lots to drop, of `need` bytes and to the end of a layer: spare ones that linger, or
-        that not all who won them serve."""
+        that not all who won them serve; then replicas, if it is not for one."""
         chosen: list[Lot] = []
-        for lot in sorted(self._spare_since.keys() - set(taken)):
+        spare = sorted(self._spare_since.keys() - set(taken))
+        serving = self._in(LotState.SERVING) if moves else []
+        copies = (lot for lot in serving if wish.won.get(lot, 0) > 0 and lot in wish.elsewhere)
+        for lot in [*spare, *sorted(copies)]:
             if need <= 0 and not (chosen and chosen[-1].layer == lot.layer):
                 break
             chosen.append(lot)

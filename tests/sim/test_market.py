@@ -172,7 +172,7 @@ def test_a_device_on_a_low_battery_gives_away_what_others_can_hold_and_takes_the
     world.run_until(lambda: checkers.covered(world), 30)  # now nobody else has the room
     assert tired.serving
     world.feed(tired, ResourcesSampled(charged))
-    world.run(8)
+    world.run(14)
     checkers.at_rest(world)
 
 
@@ -190,6 +190,25 @@ def test_once_quiet_all_know_the_same_spans_and_every_device_has_a_way_through_t
         assert any(span.node == device.id for span in device.table.spans), "closed: all know it"
         assert len(device.table.legs) <= len(world.up()) + 1, "few hops"
         assert any(leg.node != device.id for leg in device.table.legs)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_hop_is_dear_each_device_runs_its_layers_in_one_go(seed: int, count: int) -> None:
+    """Each has room for its share and a layer more, whose KV caches would not fit too."""
+    layer_bytes = SMALL.experts * SMALL.lot_bytes
+    demand = replace(SMALL, kv_bytes_per_token=12 * layer_bytes // 6 // 2048)
+    room_bytes = (12 // count + 1) * layer_bytes
+    world = World(seed, [Spec(demand.trunk_bytes + room_bytes, FAST)] * count, demand)
+    world.start_all()
+    world.run(8)
+    measure_links(world, None, 0, others_us=20_000)
+    world.run(40)
+    checkers.at_rest(world)
+    assert torn(world) == []
+    for device in world.up():
+        assert device.table is not None
+        assert len(device.table.legs) == count, f"{device.table.legs}"
 
 
 def test_nobody_serves_spans_with_a_shorter_context_than_somebody_who_may_ask() -> None:

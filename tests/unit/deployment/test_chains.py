@@ -11,6 +11,7 @@ from coeld.deployment.chains import (
     Way,
     cache_bytes,
     cut_ns,
+    layers_with_caches,
     legs,
     prefill_us,
     runs,
@@ -208,9 +209,15 @@ def test_caches_beyond_that_of_one_decoder_need_room() -> None:
     one = demand.kv_bytes_per_token * 2048
     assert cache_bytes(demand, 4, 3) == 0, "a third of the layers for three who ask"
     assert cache_bytes(demand, 12, 3) == 2 * one
-    assert spans_that_fit(demand, range(12), 3, 2 * one) == set(range(12))
-    assert spans_that_fit(demand, range(12), 3, one) == set(range(8))
-    assert spans_that_fit(demand, range(12), 3, -1) == set()
+    layer_bytes = demand.experts * demand.lot_bytes
+    assert layers_with_caches(demand, 12 * layer_bytes + 2 * one, 3) == 12
+    assert layers_with_caches(demand, 12 * layer_bytes + 2 * one - 1, 3) == 11
+    assert layers_with_caches(demand, 4 * layer_bytes, 3) == 4
+    assert layers_with_caches(demand, layer_bytes - 1, 3) == 0
+    assert spans_that_fit(demand, range(12), (), 3, 2 * one) == set(range(12))
+    assert spans_that_fit(demand, range(12), (), 3, one) == set(range(8))
+    assert spans_that_fit(demand, range(12), range(4, 12), 3, one) == set(range(4, 12))
+    assert spans_that_fit(demand, range(12), (), 3, -1) == set()
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -103,6 +103,20 @@ def test_a_move_that_serves_nobody_new_does_not_open_a_hole() -> None:
     assert migration.plan(want, 1) == Plan()
 
 
+def test_a_replica_gives_way_to_a_move_but_not_to_a_replica() -> None:
+    """Else devices that are full wait for each other: what each waits for is at the next one."""
+    layer = LOTS[4:6]
+    migration = holding(LOTS[:6])
+    won = dict.fromkeys(LOTS[:2], 0) | dict.fromkeys(layer, 1)
+    there = [*layer, *LOTS[6:]]
+    want = wish(won | dict.fromkeys(LOTS[6:], 1), there, capacity=6)
+    assert migration.plan(want, 1) == Plan(), "LOTS[2:4] are served by nobody else yet"
+    want = wish(won | dict.fromkeys(LOTS[6:], 0), there, capacity=6)
+    assert migration.plan(want, 1) == Plan(drop=tuple(layer))
+    migration.apply(Move.DROPPED, layer)
+    assert migration.plan(want, 1) == Plan(load=tuple(LOTS[6:]))
+
+
 def test_a_shrunken_budget_is_obeyed_at_once() -> None:
     migration = holding(LOTS[:4])
     want = wish({LOTS[0]: 0, LOTS[1]: 0}, capacity=2, settled=False)
