@@ -19,6 +19,8 @@ def read(settings: Settings) -> Traits:
     # The configuration's attribute has two names.
     experts = "num_experts" if settings.value("num_experts", "") else "num_local_experts"
     settings.value("intermediate_size", "")  # of dense layers: there are none
+    if not settings.flag("use_qk_norm", "", default=True):
+        settings.refuse("use_qk_norm", False)
     qkv, o = settings.attention_biases()
     return Traits(
         qkv_bias=qkv,

@@ -243,6 +243,10 @@ def test_a_value_that_cannot_be_is_refused(name: str, key: str, value: Any) -> N
         ("llama", "final_logit_softcapping", 30.0),
         ("qwen3_moe", "decoder_sparse_step", 2),
         ("qwen3_moe", "mlp_only_layers", [0]),
+        ("qwen3_moe", "shared_expert_intermediate_size", 64),
+        ("qwen3_moe", "qkv_bias", True),
+        ("qwen3_moe", "use_qk_norm", False),
+        ("llama", "use_qk_norm", True),
         ("olmoe", "clip_qkv", 8.0),
         ("gpt_oss", "layer_types", ["full_attention", "chunked_attention", "full_attention"]),
     ],
@@ -282,6 +286,15 @@ def test_the_same_in_gguf(key: str, value: Any) -> None:
 )
 def test_a_key_that_changes_nothing_is_fine(key: str, value: Any) -> None:
     blueprint(huggingface("llama", **{key: value}))
+
+
+def test_what_qwen3_coder_says_that_it_has_not_is_fine() -> None:
+    extra = {"shared_expert_intermediate_size": 0, "qkv_bias": False, "use_qk_norm": True}
+    assert blueprint(huggingface("qwen3_moe", **extra)).shape.shared_width == 0
+    key, checkpoint = "qwen3moe.expert_shared_feed_forward_length", gguf_spelling("qwen3_moe")
+    assert blueprint(changed(checkpoint, key, 0)).shape.shared_width == 0
+    with pytest.raises(UnsupportedModel, match=key):
+        blueprint(changed(checkpoint, key, 64))
 
 
 @pytest.mark.parametrize("kind", ["gguf", "huggingface"])
