@@ -81,7 +81,8 @@ class GgufFile:
         try:
             header = self._open(path)
             self.tensors = header.tensors
-            if header.metadata.get("split.count", 1) != 1:
+            # llama-gguf-split writes 0 into what it merges.
+            if header.metadata.get("split.count", 1) not in (0, 1):
                 header = self._open_parts(header)
             self.config = header.metadata
         except BaseException:
