@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from coeld.engine.channels import CHANNEL, MESSAGE, Channels
 from coeld.errors import BadModelFile, BadRequest
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
@@ -48,6 +49,8 @@ class Text:
                 f"tokenizer or chat template of {manifest.name} cannot be read ({exc}). "
                 "Remove the model and add it again."
             ) from exc
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._control = {token.content: index for index, token in added if token.special}
 
     def encode(self, text: str, context: int | None = None) -> list[int]:
         """Token ids of a plain prompt, with the beginning-of-text token if the model wants one. Of
@@ -95,25 +98,33 @@ class Text:
             return ids
         return self._tokens(text, None)
 
-    def stream(self, stop: Sequence[str] = ()) -> "Stream":
-        return Stream(self._tokenizer, stop)
+    def stream(self, stop: Sequence[str] = (), raw: bool = False) -> "Stream":
+        """`raw`: give out reasoning as well, as what continues a plain prompt."""
+        spoken = not raw and {CHANNEL, MESSAGE} <= self._control.keys()
+        channels = Channels(self._tokenizer, self._control) if spoken else None
+        return Stream(self._tokenizer, stop, channels)
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.id_to_token(token) or ""
 
 
 class Stream:
-    """Tokens to text as it may be shown: never half a character, never part of a stop string."""
+    """Tokens to text as it may be shown: never half a character, never part of a stop string, and
+    of a model that speaks in channels only the answer."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], channels: Channels | None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._channels = channels
         self._decode = DecodeStream(skip_special_tokens=True)
         self._stop = [text for text in stop if text]
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that is now certain, and whether a stop string was completed (it is cut off)."""
-        self._held += self._decode.step(self._tokenizer, token) or ""
+        if self._channels is None or self._channels.is_answer(token):
+            self._held += self._decode.step(self._tokenizer, token) or ""
         found = [at for at in (self._held.find(text) for text in self._stop) if at >= 0]
         if found:
             text, self._held = self._held[: min(found)], ""

@@ -1,12 +1,17 @@
 """Streaming text: what the user sees is what the tokens say, minus the stop string."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 from coeld.engine.text import Text, _overlap
 from coeld.errors import BadRequest
+from coeld.model.manifest import BlobRef, Manifest
+from coeld.model.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,57 @@ def test_the_overlap_is_the_longest_end_that_may_become_a_stop() -> None:
     assert _overlap("abcab", ["abx", "cabz"]) == 3
     assert _overlap("abc", ["x"]) == 0
     assert _overlap("aaa", ["aaaa"]) == 3
+
+
+HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|constrain|>")
+THOUGHT = "<|channel|>analysis<|message|>The user greets. Stop?<|end|>"
+TURN = "<|start|>assistant<|channel|>"
+
+
+@pytest.fixture(scope="module")
+def harmony(text, tiny, tmp_path_factory) -> Text:
+    """Of a model that speaks in channels."""
+    tokenizer = Tokenizer.from_str(text._tokenizer.to_str())
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in HARMONY])
+    return text_of(tokenizer, tiny, tmp_path_factory.mktemp("harmony"))
+
+
+def text_of(tokenizer: Tokenizer, tiny: Manifest, folder: Path) -> Text:
+    """The tiny model's, with another tokenizer."""
+    store, source = Store(folder), tokenizer.to_str().encode()
+    with store.lock():
+        ref = BlobRef(store.put(source), len(source), {})
+    return Text(replace(tiny, tokenizer=ref, chat_template=None), store)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (f"{THOUGHT}{TURN}final<|message|>Hello!", "Hello!"),
+        (f"{THOUGHT}{TURN}final <|constrain|>json<|message|>{{}}<|return|>", "{}"),
+        (f"{THOUGHT}{TURN}commentary to=functions.f <|constrain|>json<|message|>{{}}", ""),
+        ("<|channel|>final<|message|>a<|end|>" + TURN + "final<|message|>b", "ab"),
+        (f"<|channel|>finally<|message|>a<|end|>{TURN}final<|message|>b", "b"),
+        (THOUGHT[:-15], ""),
+        (f"{THOUGHT}{TURN}fin", ""),
+        ("Hello!", "Hello!"),
+        ("", ""),
+    ],
+)
+def test_of_what_is_said_in_channels_only_the_final_one_is_shown(harmony, said, answer) -> None:
+    assert shown(harmony, harmony.encode(said), ["Stop"]) == (answer, False)
+
+
+def test_a_stop_text_counts_in_the_answer_alone(harmony) -> None:
+    said = harmony.encode(f"{THOUGHT}{TURN}final<|message|>Yes. Stop? No.")
+    assert shown(harmony, said, ["Stop"]) == ("Yes. ", True)
+    assert shown(harmony, said, ["analysis", "user", "final"]) == ("Yes. Stop? No.", False)
+
+
+def test_what_continues_a_plain_prompt_is_shown_with_its_reasoning(harmony) -> None:
+    stream = harmony.stream(raw=True)
+    pieces = [stream.push(token)[0] for token in harmony.encode(f"{THOUGHT}{TURN}final")]
+    assert "".join(pieces) == "analysisThe user greets. Stop?assistantfinal"
 
 
 def test_of_text_that_is_far_too_long_only_the_beginning_is_looked_at(text, monkeypatch) -> None:
