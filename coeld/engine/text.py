@@ -1,20 +1,15 @@
-"""Text to tokens and back: tokenizer, chat template, streaming with stop strings.
+"""Text to tokens and back: tokenizer, chat template, streaming with stop strings."""
 
-The template comes from the model's author and is code, so it runs in Jinja2's sandbox.
-"""
-
-import json
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from coeld.engine.channels import CHANNEL, MESSAGE, Channels
 from coeld.errors import BadModelFile, BadRequest
+from coeld.model.chat_template import compile_template
 from coeld.model.manifest import Manifest
 from coeld.model.store import Store
 
@@ -23,6 +18,11 @@ LOOK_CHARS: Final = 32
 megabytes would take seconds, in which no answer goes on."""
 NO_TOKENIZER: Final = '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'
 """Stands in for a model whose source had none."""
+TEMPLATE_ERRORS: Final = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+"""What a template's code raises about messages that it was not written for."""
 
 
 class Text:
@@ -37,14 +37,8 @@ class Text:
             self._tokenizer = Tokenizer.from_str(source)
             template = manifest.chat_template
             written = store.blob_path(template).read_text("utf-8") if template else None
-            environment = ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-            )
-            environment.globals["strftime_now"] = _strftime_now
-            environment.globals["raise_exception"] = _raise
-            environment.filters["tojson"] = json.dumps
-            self._template = environment.from_string(written) if written else None
-        except (OSError, ValueError, TemplateError) as exc:
+            self._template = compile_template(written) if written else None
+        except (OSError, ValueError) as exc:
             raise BadModelFile(
                 f"tokenizer or chat template of {manifest.name} cannot be read ({exc}). "
                 "Remove the model and add it again."
@@ -79,11 +73,13 @@ class Text:
         try:
             text = self._template.render(
                 messages=list(messages),
+                tools=None,
+                documents=None,
                 add_generation_prompt=True,
                 bos_token=self._token(self._manifest.bos_token),
                 eos_token=self._token(next(iter(self._manifest.eos_tokens), None)),
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as exc:
+        except TEMPLATE_ERRORS as exc:
             raise BadRequest(
                 f"the chat template refuses these messages: {exc}", "messages"
             ) from exc
@@ -148,11 +144,3 @@ def _overlap(text: str, stops: Sequence[str]) -> int:
                 longest = size
                 break
     return longest
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now(tz=UTC).astimezone().strftime(pattern)
-
-
-def _raise(message: Any) -> None:
-    raise TemplateError(str(message))

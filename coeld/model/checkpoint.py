@@ -28,7 +28,7 @@ class Vocabulary:
     """A `tokenizers` JSON file. The same source gives the same bytes on every machine."""
     bos_token: int | None
     eos_tokens: tuple[int, ...]
-    """Ascending; any of them ends an answer."""
+    """Any of them ends an answer. First the tokenizer's own, if it names one; then ascending."""
     add_bos: bool
     chat_template: str | None
 

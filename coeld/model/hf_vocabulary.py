@@ -11,11 +11,13 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from coeld.errors import BadModelFile, UnsupportedModel
+from coeld.model.chat_template import checked
 from coeld.model.checkpoint import Vocabulary
 from coeld.model.hf_folder import HfFolder
 from coeld.model.tokenizer import end_tokens
 
 OLD_FILES = ("tokenizer.model", "vocab.json", "spiece.model")
+OTHER_TOKENS = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def read_vocabulary(folder: HfFolder, rows: int) -> Vocabulary | None:
@@ -65,13 +67,15 @@ class _Special:
             for index, token in self._tokenizer.get_added_tokens_decoder().items()
             if token.special
         }
-        named = {self._named("eos_token")} - {None} | set(self._numbered("eos_token_id"))
+        eos = self._named("eos_token")
+        named = {eos} - {None} | set(self._numbered("eos_token_id"))
+        template = self._chat_template() or ""
         return Vocabulary(
             json=data,
             bos_token=bos,
-            eos_tokens=end_tokens({index for index in named if index is not None}, control),
+            eos_tokens=end_tokens({index for index in named if index is not None}, control, eos),
             add_bos=bos is not None and self._add_bos(bos),
-            chat_template=self._chat_template(),
+            chat_template=checked(template, self._others(), self._folder.source) or None,
         )
 
     def _optional(self, name: str) -> dict[str, Any]:
@@ -83,15 +87,23 @@ class _Special:
             "file is damaged or made by a broken tool; get it again."
         )
 
-    def _named(self, key: str) -> int | None:
-        """A token given as a text, or as an object around it."""
+    def _text(self, key: str) -> Any:
+        """Of a token given as a text, or as an object around it."""
         value = self._config.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
+        return value.get("content") if isinstance(value, dict) else value
+
+    def _named(self, key: str) -> int | None:
+        text = self._text(key)
         if text is None:
             return None
         if not isinstance(text, str) or text not in self._tokens:
-            raise self._bad(key, value)
+            raise self._bad(key, self._config[key])
         return self._tokens[text]
+
+    def _others(self) -> dict[str, str]:
+        """Texts of the special tokens besides BOS and EOS."""
+        found = {key: self._text(key) for key in OTHER_TOKENS}
+        return {key: text for key, text in found.items() if isinstance(text, str)}
 
     def _numbered(self, key: str) -> list[int]:
         """Tokens given as an id or a list of ids."""

@@ -193,7 +193,7 @@ class Manifest:
     """A Jinja2 template, UTF-8."""
     bos_token: int | None
     eos_tokens: tuple[int, ...]
-    """Any of these ends an answer."""
+    """Any of these ends an answer; the first is what chat templates call `eos_token`."""
     add_bos: bool
     statistics: Statistics | None = None
     """From which the experts' widths were chosen; None: they were given."""
@@ -213,7 +213,7 @@ class Manifest:
     @cached_property
     def hash(self) -> ModelHash:
         """Same content, same hash, whatever people call it. What the market is told is content."""
-        value = self._value()
+        value = {**self._value(), "eos_tokens": sorted(self.eos_tokens)}
         del value["name"], value["source"], value["licence"], value["statistics"]
         if prior := self.statistics and self.statistics.levels():
             value["prior"] = [row.hex() for row in prior]

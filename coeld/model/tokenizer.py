@@ -13,6 +13,7 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from coeld.errors import BadModelFile, UnsupportedModel
+from coeld.model.chat_template import checked
 from coeld.model.checkpoint import Vocabulary, expect
 from coeld.model.gguf_file import GgufFile
 
@@ -129,14 +130,27 @@ def read_vocabulary(file: GgufFile, vocab: int) -> Vocabulary | None:
     control = {tokens[index]: index for index in range(vocab) if types[index] == CONTROL}
     model = _spm(file, tokens, types) if kind == SPM else _byte_pairs(file, pre, tokens)
     begins = kind == SPM or pre in WHOLE_WORDS_FIRST
-    named = {_token(file, name, vocab) for name in ("eos", "eot", "eom")} - {None}
+    eos = _token(file, "eos", vocab)
+    named = {eos, _token(file, "eot", vocab), _token(file, "eom", vocab)} - {None}
+    template = expect(file, "tokenizer.chat_template", str, lambda _: True, "")
     return Vocabulary(
         json=_tokenizer_json(file, {**model, "added_tokens": _added(tokens, types)}),
         bos_token=_token(file, "bos", vocab),
-        eos_tokens=end_tokens({index for index in named if index is not None}, control),
+        eos_tokens=end_tokens({index for index in named if index is not None}, control, eos),
         add_bos=expect(file, "tokenizer.ggml.add_bos_token", bool, lambda _: True, begins),
-        chat_template=expect(file, "tokenizer.chat_template", str, lambda _: True, "") or None,
+        chat_template=checked(template, _others(file, tokens), file.source) or None,
     )
+
+
+def _others(file: GgufFile, tokens: list[str]) -> dict[str, str]:
+    """Texts of the special tokens besides BOS and EOS, where they are tokens."""
+    keys = {"pad_token": "padding", "unk_token": "unknown"}
+    found = {name: file.config.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
+    return {
+        name: tokens[index]
+        for name, index in found.items()
+        if type(index) is int and 0 <= index < len(tokens)
+    }
 
 
 def _texts(file: GgufFile, key: str) -> list[str]:
@@ -150,12 +164,15 @@ def _token(file: GgufFile, name: str, vocab: int) -> int | None:
     return expect(file, key, int, lambda value: 0 <= value < vocab)
 
 
-def end_tokens(named: set[int], control: Mapping[str, int]) -> tuple[int, ...]:
-    """Those the source names, and control tokens that are known to end an answer."""
+def end_tokens(named: set[int], control: Mapping[str, int], first: int | None) -> tuple[int, ...]:
+    """Those the source names, and control tokens that are known to end an answer.
+
+    `first`: the tokenizer's own, one of `named`."""
     usual = END_OF_TURN
     if "<|return|>" in control:  # gpt-oss, where <|end|> ends a message, and the answer goes on
         usual = usual - {"<|end|>"}
-    return tuple(sorted(named | {control[text] for text in usual & control.keys()}))
+    found = named | {control[text] for text in usual & control.keys()}
+    return tuple(sorted(found, key=lambda token: (token != first, token)))
 
 
 def _byte_pairs(file: GgufFile, pre: str, tokens: list[str]) -> dict[str, Any]:

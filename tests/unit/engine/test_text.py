@@ -133,10 +133,28 @@ def test_a_conversation_is_rendered_by_the_models_template(text) -> None:
     assert shown(text, tokens, []) == ("user\nhi\nassistant\n", False)
 
 
-def test_messages_the_template_refuses_are_the_callers_mistake(tiny, tiny_store) -> None:
+def test_a_template_is_told_the_end_token_and_that_there_are_no_tools(tiny, tiny_store) -> None:
     text = Text(tiny, tiny_store)
-    text._template = text._template.environment.from_string("{{ raise_exception('no system') }}")
-    with pytest.raises(BadRequest, match="no system"):
+    source = "{{ eos_token }}{{ [tools is none, documents is none] }}"
+    text._template = text._template.environment.from_string(source)
+    assert text.encode_chat([]) == text.encode("<|im_end|>[True, True]")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('no system') }}", "no system"),
+        ("{{ 1 / (messages | length - 1) }}", "division"),
+        ("{% for i in range(200000) %}{% endfor %}", "[Rr]ange"),
+        ("{{ (messages[0].content | list).pop(7) }}", "pop"),
+    ],
+)
+def test_messages_the_template_refuses_are_the_callers_mistake(
+    tiny, tiny_store, template: str, said: str
+) -> None:
+    text = Text(tiny, tiny_store)
+    text._template = text._template.environment.from_string(template)
+    with pytest.raises(BadRequest, match=said):
         text.encode_chat([{"role": "system", "content": "x"}])
 
 

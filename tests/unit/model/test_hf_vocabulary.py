@@ -34,7 +34,7 @@ def read(folder: Path, rows: int = VOCAB) -> Vocabulary:
 
 def test_what_the_files_say_about_tokens(folder: Path) -> None:
     found = read(folder)
-    assert (found.bos_token, found.eos_tokens, found.add_bos) == (1, (0, 2), False)
+    assert (found.bos_token, found.eos_tokens, found.add_bos) == (1, (2, 0), False)
     assert found.chat_template == CHAT_TEMPLATE
     original = Tokenizer.from_file(str(folder / "tokenizer.json"))
     text = "in the hall <|im_end|>\n naïve 日本"
@@ -55,9 +55,10 @@ def test_padding_and_truncation_of_training_are_left_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "generation", "bos", "eos"),
     [
-        ({"bos_token": {"content": "<|im_end|>"}}, {}, 2, (0, 2)),
-        ({"bos_token": None}, {}, 1, (0, 2)),
-        ({}, {"eos_token_id": 5, "bos_token_id": None}, 1, (0, 2, 5)),
+        ({"bos_token": {"content": "<|im_end|>"}}, {}, 2, (2, 0)),
+        ({"bos_token": None}, {}, 1, (2, 0)),
+        ({"eos_token": "<|endoftext|>"}, {}, 1, (0, 2)),
+        ({}, {"eos_token_id": 5, "bos_token_id": None}, 1, (2, 0, 5)),
         ({"eos_token": None}, {"eos_token_id": [7, 6]}, 1, (0, 2, 6, 7)),
         ({"eos_token": None, "bos_token": None}, {"eos_token_id": None}, 1, (0, 2)),
     ],
@@ -115,6 +116,18 @@ def test_chat_templates_are_found_in_all_three_places(folder: Path) -> None:
     assert read(folder).chat_template == "d"
     change(folder, "tokenizer_config.json", chat_template=None)
     assert read(folder).chat_template is None
+
+
+def test_a_chat_template_that_cannot_be_read_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for message in %}")
+    with pytest.raises(UnsupportedModel, match=r"(?i)chat template of m .*correct"):
+        read(folder)
+
+
+def test_special_tokens_that_the_chat_template_names_become_part_of_it(folder: Path) -> None:
+    change(folder, "tokenizer_config.json", pad_token={"content": "<pad>"}, unk_token="<unk>")
+    (folder / "chat_template.jinja").write_text("{{ pad_token }}")
+    assert read(folder).chat_template == '{% set pad_token = "<pad>" +%}{{ pad_token }}'
 
 
 def test_without_a_tokenizer_there_is_none_and_old_files_are_refused(folder: Path) -> None:

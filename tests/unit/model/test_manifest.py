@@ -88,6 +88,15 @@ def test_the_hash_is_of_the_content_not_of_the_name(imported: Imported) -> None:
     assert retrained.hash != manifest.hash
 
 
+def test_the_hash_says_nothing_of_the_order_of_end_tokens(imported: Imported) -> None:
+    """There are models in stores that were imported when it was another."""
+    manifest = imported[1]
+    assert manifest.eos_tokens == (2, 0)
+    older = parse_manifest(edited(manifest, ["eos_tokens"], [0, 2]))
+    assert older.hash == manifest.hash
+    assert parse_manifest(edited(manifest, ["eos_tokens"], [0])).hash != manifest.hash
+
+
 def test_what_a_model_demands_is_its_weights(imported: Imported) -> None:
     manifest = imported[1]
     lots = sum(len(layer) for layer in manifest.experts)

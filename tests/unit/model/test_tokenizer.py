@@ -85,8 +85,25 @@ def test_each_pre_tokenizer_splits_in_its_own_way(
 def test_what_the_manifest_says_about_tokens(tmp_path: Path) -> None:
     found = read(tmp_path / "m.gguf")
     assert (found.bos_token, found.add_bos) == (1, False)
-    assert found.eos_tokens == (0, 2)  # <|endoftext|> ends an answer as well
+    assert found.eos_tokens == (2, 0)  # <|endoftext|> ends an answer as well
     assert found.chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("padding", "set_"), [(1, '{% set pad_token = "<|im_start|>" +%}'), (999, "")]
+)
+def test_the_chat_template_is_checked_and_told_the_tokens_that_it_names(
+    tmp_path: Path, padding: int, set_: str
+) -> None:
+    write_tiny_llama(tmp_path / "m.gguf", layers=1)
+    with GgufFile(tmp_path / "m.gguf") as file:
+        file.config["tokenizer.ggml.padding_token_id"] = padding
+        file.config["tokenizer.chat_template"] = "{{ pad_token }}"
+        found = read_vocabulary(file, len(vocabulary()))
+        assert found.chat_template == set_ + "{{ pad_token }}"
+        file.config["tokenizer.chat_template"] = "{% if %}"
+        with pytest.raises(UnsupportedModel, match=r"chat template of m\.gguf"):
+            read_vocabulary(file, len(vocabulary()))
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
