@@ -263,7 +263,7 @@ class Engine:
         except CoeldError as exc:
             self.ended(ident, "error", **error_to_json(exc))
             return
-        listener.stream = model.text.stream(order["stop"], raw=prompt is not None)
+        listener.stream = model.text.stream(order["stop"], None if prompt is None else tokens)
         self.usage.requests += 1
         self.usage.prompt_tokens += len(tokens)
         model.scheduler.submit(request)

@@ -18,6 +18,10 @@ LOOK_CHARS: Final = 32
 megabytes would take seconds, in which no answer goes on."""
 NO_TOKENIZER: Final = '{"model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}'
 """Stands in for a model whose source had none."""
+END_TOKENS: Final = 8
+"""Of a prompt, at which its continuation is tied on; characters are bytes in some, four at most."""
+HALF: Final = "\ufffd"
+"""What half a character is decoded to."""
 TEMPLATE_ERRORS: Final = (
     *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError),
@@ -94,11 +98,22 @@ class Text:
             return ids
         return self._tokens(text, None)
 
-    def stream(self, stop: Sequence[str] = (), raw: bool = False) -> "Stream":
-        """`raw`: give out reasoning as well, as what continues a plain prompt."""
-        spoken = not raw and {CHANNEL, MESSAGE} <= self._control.keys()
-        channels = Channels(self._tokenizer, self._control) if spoken else None
-        return Stream(self._tokenizer, stop, channels)
+    def stream(self, stop: Sequence[str] = (), prompt: Sequence[int] | None = None) -> "Stream":
+        """`prompt`: the plain one that is to be continued; None: an answer to a conversation."""
+        if prompt is not None:
+            return Stream(self._tokenizer, stop, None, self._end(prompt))
+        spoken = {CHANNEL, MESSAGE} <= self._control.keys()
+        return Stream(
+            self._tokenizer, stop, Channels(self._tokenizer, self._control) if spoken else None
+        )
+
+    def _end(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The shortest end of a prompt that is text by itself; empty when there is none near."""
+        for count in range(1, END_TOKENS + 1):
+            text = self._tokenizer.decode(prompt[-count:])
+            if text and HALF not in text:
+                return prompt[-count:]
+        return ()
 
     def _token(self, token: int | None) -> str:
         return "" if token is None else self._tokenizer.id_to_token(token) or ""
@@ -109,11 +124,19 @@ class Stream:
     of a model that speaks in channels only the answer."""
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: Sequence[str], channels: Channels | None
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        channels: Channels | None,
+        before: Sequence[int] = (),
     ) -> None:
+        """`before`: what the text goes on after. Sentencepiece drops the first space of a text, and
+        of one that continues another there is none to drop."""
         self._tokenizer = tokenizer
         self._channels = channels
         self._decode = DecodeStream(skip_special_tokens=True)
+        for token in before:
+            self._decode.step(tokenizer, token)
         self._stop = [text for text in stop if text]
         self._held = ""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from coeld.engine.text import Text, _overlap
 from coeld.errors import BadRequest
@@ -19,8 +19,10 @@ def text(tiny, tiny_store) -> Text:
     return Text(tiny, tiny_store)
 
 
-def shown(text: Text, tokens: list[int], stop: list[str]) -> tuple[str, bool]:
-    stream, out = text.stream(stop), ""
+def shown(
+    text: Text, tokens: list[int], stop: list[str], prompt: list[int] | None = None
+) -> tuple[str, bool]:
+    stream, out = text.stream(stop, prompt), ""
     for token in tokens:
         piece, stopped = stream.push(token)
         out += piece
@@ -99,9 +101,39 @@ def test_a_stop_text_counts_in_the_answer_alone(harmony) -> None:
 
 
 def test_what_continues_a_plain_prompt_is_shown_with_its_reasoning(harmony) -> None:
-    stream = harmony.stream(raw=True)
-    pieces = [stream.push(token)[0] for token in harmony.encode(f"{THOUGHT}{TURN}final")]
-    assert "".join(pieces) == "analysisThe user greets. Stop?assistantfinal"
+    said = harmony.encode(f"{THOUGHT}{TURN}final")
+    raw = "analysisThe user greets. Stop?assistantfinal"
+    assert shown(harmony, said, [], harmony.encode("Hi")) == (raw, False)
+
+
+@pytest.fixture(scope="module")
+def sentences(tiny, tmp_path_factory) -> Text:
+    """Of a model with sentencepiece: a text begins with a space that is not shown."""
+    tokens = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"abc", "\u2581a"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    bpe = models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
+    return text_of(tokenizer, tiny, tmp_path_factory.mktemp("sentences"))
+
+
+@pytest.mark.parametrize("prompt", ["a", "b a ", "日本", "<s>", "a<s>", "🎉", "\ufffdb", "   "])
+@pytest.mark.parametrize("said", [" a", "  b", "c", "日", "🎉 a", " "])
+def test_a_continuation_keeps_its_first_space(sentences, prompt: str, said: str) -> None:
+    before, whole = (sentences.encode(text) for text in (prompt, prompt + said))
+    if whole[: len(before)] != before:  # the border is within a token
+        return
+    found, _ = shown(sentences, whole[len(before) :], [], before)
+    everything = sentences._tokenizer.decode(whole)
+    assert found == everything[len(sentences._tokenizer.decode(before)) :]
+
+
+def test_an_answer_to_a_conversation_begins_without_a_space(sentences) -> None:
+    assert shown(sentences, sentences.encode("a b"), []) == ("a b", False)
 
 
 def test_of_text_that_is_far_too_long_only_the_beginning_is_looked_at(text, monkeypatch) -> None:
