@@ -11,7 +11,9 @@ def read(settings: Settings) -> Traits:
         qkv_bias=True,
         windows=()
         if settings.gguf
-        else settings.windows(layers, lambda layer: isinstance(full, int) and layer >= full),
+        else settings.windows(
+            layers, lambda layer: isinstance(full, int) and layer >= full, used=False
+        ),
         width=settings.count("intermediate_size", "feed_forward_length"),
     )
 

@@ -21,7 +21,9 @@ def read(settings: Settings) -> Traits:
         windows=()
         if settings.gguf
         else settings.windows(
-            layers, lambda layer: layer % 2 == 0 and isinstance(full, int) and layer < full
+            layers,
+            lambda layer: layer % 2 == 0 and isinstance(full, int) and layer < full,
+            used=False,
         ),
         width=settings.count("moe_intermediate_size", "expert_feed_forward_length", width),
         routing=Routing("softmax", renormalise=settings.flag("norm_topk_prob", "", default=False)),

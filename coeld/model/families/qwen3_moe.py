@@ -26,7 +26,7 @@ def read(settings: Settings) -> Traits:
         qkv_bias=qkv,
         o_bias=o,
         qk_norm="head",
-        windows=() if settings.gguf else settings.windows(layers, lambda _layer: True),
+        windows=() if settings.gguf else settings.windows(layers, lambda _layer: True, used=False),
         width=settings.count("moe_intermediate_size", "expert_feed_forward_length"),
         routing=Routing(
             "softmax", renormalise=settings.flag("norm_topk_prob", "", default=settings.gguf)

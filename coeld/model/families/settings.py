@@ -122,13 +122,16 @@ class Settings:
         qkv, o = (any(name.endswith(end) for name in names) for end in ends)
         return qkv, o
 
-    def windows(self, layers: int, slides: Callable[[int], bool]) -> tuple[int, ...]:
+    def windows(
+        self, layers: int, slides: Callable[[int], bool], used: bool = True
+    ) -> tuple[int, ...]:
         """Per layer, the tokens a token attends to, itself included; 0 is all. Empty: all are 0.
 
-        `slides` says which layers have a window where `layer_types` does not.
+        `slides` says which layers have a window where `layer_types` does not; `used`, whether there
+        are any where `use_sliding_window` does not. Raises BadModelFile, UnsupportedModel.
         """
         size = self.value("sliding_window", "attention.sliding_window")
-        used = self.flag("use_sliding_window", "", default=True)
+        used = self.flag("use_sliding_window", "", default=used)
         types = self.value("layer_types", "")
         if not size or not used:
             return ()

@@ -297,6 +297,20 @@ def test_what_qwen3_coder_says_that_it_has_not_is_fine() -> None:
         blueprint(changed(checkpoint, key, 64))
 
 
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
+def test_qwen_has_windows_only_where_it_says_that_they_are_used(name: str) -> None:
+    checkpoint = huggingface(name, sliding_window=16, max_window_layers=1)
+    checkpoint.config["use_sliding_window"] = True
+    assert 16 in blueprint(checkpoint).shape.windows
+    for unsaid in (None, False):
+        assert blueprint(changed(checkpoint, "use_sliding_window", unsaid)).shape.windows == ()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_other_families_have_windows_without_saying_so(name: str) -> None:
+    assert 16 in blueprint(huggingface(name, sliding_window=16)).shape.windows
+
+
 @pytest.mark.parametrize("kind", ["gguf", "huggingface"])
 @pytest.mark.parametrize("found", ["mamba", 3, None])
 def test_an_unknown_family_is_answered_with_the_known_ones(kind: Any, found: Any) -> None:
