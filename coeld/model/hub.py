@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from coeld.errors import FetchFailed, ModelError
+from coeld.errors import FetchFailed, ModelError, UnsupportedModel
 from coeld.model.families import check_family
 from coeld.model.hf_folder import CARD, CONFIG, INDEX, TEXTS, WHOLE, HfFolder, read_config
 from coeld.model.store import disk_errors
@@ -43,7 +43,15 @@ def open_hub(source: str, progress: Progress) -> HfFolder:
     title = f"{PREFIX}{name}@{folder.name}"
     check_family("huggingface", read_config(folder, title), title)
     # By commit, so that both belong together whatever is pushed meanwhile.
-    return HfFolder(_fetch(name, folder.name, [*SMALL, *WEIGHTS], progress), title)
+    folder = _fetch(name, folder.name, [*SMALL, *WEIGHTS], progress)
+    if not (folder / WHOLE).exists() and not (folder / INDEX).exists():
+        raise UnsupportedModel(
+            f"{title} has neither {WHOLE} nor {INDEX}. If its weights are in a pickle "
+            "(pytorch_model.bin): that can run any program when it is opened, and coeld never "
+            "does; use a checkpoint in safetensors. If they are in GGUF: download the file and "
+            "name that."
+        )
+    return HfFolder(folder, title)
 
 
 def fetch_config(source: str) -> tuple[dict[str, Any], str]:

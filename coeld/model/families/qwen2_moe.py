@@ -15,7 +15,8 @@ def read(settings: Settings) -> Traits:
     experts = settings.count("num_experts", "expert_count")
     full = settings.value("max_window_layers", "")
     dense = settings.count("intermediate_size", "feed_forward_length", 1)
-    width = dense // experts if settings.gguf else None  # how llama.cpp reads files without the key
+    top_k = settings.count("num_experts_per_tok", "expert_used_count")
+    width = dense // top_k if settings.gguf else None  # how llama.cpp reads files without the key
     return Traits(
         qkv_bias=settings.flag("qkv_bias", "", default=True),
         windows=()
@@ -28,7 +29,7 @@ def read(settings: Settings) -> Traits:
         width=settings.count("moe_intermediate_size", "expert_feed_forward_length", width),
         routing=Routing("softmax", renormalise=settings.flag("norm_topk_prob", "", default=False)),
         experts=experts,
-        top_k=settings.count("num_experts_per_tok", "expert_used_count"),
+        top_k=top_k,
         shared_width=settings.count(
             "shared_expert_intermediate_size", "expert_shared_feed_forward_length", dense
         ),

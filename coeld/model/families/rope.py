@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.errors import BadModelFile
-from coeld.model.families.settings import Settings
+from coeld.model.families.settings import NUMBER_MAX, Settings
 from coeld.model.manifest import Rope
 
 FACTORS: Final = "rope_freqs.weight"
@@ -128,7 +128,7 @@ def _number(
 ) -> float:
     value = parameters.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < NUMBER_MAX:
         settings.bad(f"rope_parameters.{key}", f"rope.scaling ({key})", value)
     return float(value)
 

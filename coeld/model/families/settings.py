@@ -13,7 +13,8 @@ from coeld.errors import BadModelFile, UnsupportedModel
 from coeld.model.checkpoint import Checkpoint
 
 COUNT_MAX: Final = 1 << 20
-NUMBER_MAX: Final = 1e9
+NUMBER_MAX: Final = 1e12
+"""The largest there are: rotary bases of models for a million tokens, 3.6e9."""
 
 HARMLESS: Final = frozenset(
     """

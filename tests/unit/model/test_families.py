@@ -297,6 +297,14 @@ def test_what_qwen3_coder_says_that_it_has_not_is_fine() -> None:
         blueprint(changed(checkpoint, key, 64))
 
 
+def test_the_width_of_experts_in_old_files_follows_from_how_many_are_used() -> None:
+    checkpoint = gguf_spelling("qwen2_moe")
+    width = checkpoint.config.pop("qwen2moe.expert_feed_forward_length")
+    used = checkpoint.config["qwen2moe.expert_used_count"]
+    whole = changed(checkpoint, "qwen2moe.feed_forward_length", used * width)
+    assert blueprint(whole).shape.expert_width == width
+
+
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen2_moe", "qwen3_moe"])
 def test_qwen_has_windows_only_where_it_says_that_they_are_used(name: str) -> None:
     checkpoint = huggingface(name, sliding_window=16, max_window_layers=1)

@@ -136,13 +136,20 @@ def test_what_the_hub_refuses_is_said_and_an_unknown_family_costs_no_download(
     (other / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     (other / "model.safetensors").write_bytes(b"never fetched")
     hub.repositories["tiny/mamba"] = other
-    names = ("gated", "absent", "mixtral@v9", "mamba")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    shutil.copy(folder / "config.json", pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"never fetched")
+    hub.repositories["tiny/pickled"] = pickled
+    names = ("gated", "absent", "mixtral@v9", "mamba", "pickled")
     out = opened(hub.url, tmp_path, *(f"hf:tiny/{name}" for name in names))
     assert "FetchFailed tiny/gated at main is gated" in out
     assert "FetchFailed the hub has no model tiny/absent" in out
     assert "FetchFailed the hub has tiny/mixtral, but no revision 'v9'" in out
     assert "UnsupportedModel hf:tiny/mamba" in out
-    assert asked(hub) == ["config.json"]
+    assert "UnsupportedModel hf:tiny/pickled" in out
+    assert "can run any program" in out
+    assert asked(hub) == ["config.json", "config.json"]
 
 
 @pytest.mark.parametrize(

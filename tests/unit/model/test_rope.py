@@ -41,6 +41,8 @@ def test_without_scaling_they_fall_geometrically() -> None:
     same(huggingface(rope_parameters={"rope_theta": 5e5, "rope_type": "default"}), plain(5e5))
     same(huggingface(rope_theta=1000, rope_scaling=None), plain(1000.0))
     same(gguf(rope__freq_base=5e5), plain(5e5))
+    same(huggingface(rope_theta=3580165449.0), plain(3580165449.0))  # Gradient's, for 1048k tokens
+    same(gguf(rope__freq_base=3580165449.0), plain(3580165449.0))
 
 
 def test_linear_scaling_divides_positions() -> None:
