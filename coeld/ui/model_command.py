@@ -39,10 +39,13 @@ def add_parser(subparsers: Any) -> None:
     )
     add.add_argument("--name", help="what to call it (default: after the file, or as it is known)")
     add.add_argument(
-        "--bits", type=int, default=8, help="per weight of experts: 8, 4, 3, 2, or 32 for float32"
+        "--bits",
+        type=int,
+        choices=(8, 4, 3, 2, 32),
+        help="per weight of experts (8); 32 for float32",
     )
     add.add_argument(
-        "--trunk-bits", type=int, default=8, help="per weight of attention: 8, 4, or 32"
+        "--trunk-bits", type=int, choices=(8, 4, 32), help="per weight of attention (8)"
     )
     add.add_argument(
         "--update", action="store_true",
@@ -63,6 +66,7 @@ def _store(args: argparse.Namespace) -> Store:
 
 
 def _add(args: argparse.Namespace) -> int:
+    precision_command.check(args)
     store = _store(args)
     start = time.monotonic()
     try:
@@ -106,7 +110,7 @@ def _add_source(store: Store, args: argparse.Namespace, progress: "Progress") ->
 def _add_known(store: Store, args: argparse.Namespace, progress: "Progress") -> Manifest:
     entry = find(args.model)
     name = args.name or entry.name
-    plain = args.name is None and args.budget is None and not args.update
+    plain = args.name is None and not args.update and not precision_command.is_given(args)
     if plain and name in store.names():
         return store.manifest(name)
     from coeld.model.fetch import fetched

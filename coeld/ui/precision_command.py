@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from coeld.model.checkpoint import Checkpoint
     from coeld.model.importer import Precision, Progress
 
+BITS: Final = 8
+"""Where nothing else is asked for."""
 WIDTHS: Final = (2, 3, 4, 8)
 """What an expert may have within a budget."""
 UNIFORM: Final = (8, 4, 3, 2)
@@ -59,18 +61,32 @@ def size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def is_given(args: argparse.Namespace) -> bool:
+    """Whether anything is said about widths."""
+    said = (args.bits, args.trunk_bits, args.budget, args.calibrate, args.report)
+    return any(value is not None for value in said)
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be refused before anything is fetched. Raises BadRequest."""
+    if args.budget is None and (args.calibrate or args.report):
+        raise BadRequest("--calibrate and --report go with --budget: how large may it be?")
+    if args.budget is not None and args.calibrate is None:
+        raise BadRequest("--budget needs --calibrate FILE: a text like those the model is for.")
+    if args.calibrate is not None:
+        _read(args.calibrate)
+
+
 def choose(
     args: argparse.Namespace, checkpoint: "Checkpoint", name: str, progress: "Progress"
 ) -> "Precision":
-    """The widths to import with. Raises BadRequest, BudgetTooSmall, and what reading raises."""
+    """The widths to import with, of arguments that were checked. Raises BadRequest, BudgetTooSmall,
+    and what reading raises."""
     from coeld.model.importer import Precision
 
+    trunk_bits = args.trunk_bits or BITS
     if args.budget is None:
-        if args.calibrate or args.report:
-            raise BadRequest("--calibrate and --report go with --budget: how large may it be?")
-        return Precision(args.bits, args.trunk_bits)
-    if args.calibrate is None:
-        raise BadRequest("--budget needs --calibrate FILE: a text like those the model is for.")
+        return Precision(args.bits or BITS, trunk_bits)
     from coeld.model.allocation import Allocation
     from coeld.model.families import blueprint
     from coeld.model.importance import measure, sample
@@ -84,13 +100,13 @@ def choose(
         )
     tokens = sample(vocabulary.json, _read(args.calibrate))
     statistics = measure(plan, tokens, args.calibrate.name, _in_bytes(progress, checkpoint.bytes))
-    allocation = Allocation(plan, args.trunk_bits, statistics, WIDTHS)
+    allocation = Allocation(plan, trunk_bits, statistics, WIDTHS)
     chosen = allocation.fit(args.budget)
     if args.report is not None:
         path = args.report if args.report.name else Path(f"{name}.svg")
         _report(allocation, chosen, name, path)
     table = chosen.table
-    return Precision(lambda layer, expert: table[layer][expert], args.trunk_bits, statistics)
+    return Precision(lambda layer, expert: table[layer][expert], trunk_bits, statistics)
 
 
 def _in_bytes(progress: "Progress", total: int) -> "Progress":

@@ -303,6 +303,12 @@ def test_other_trouble_with_the_disk_is_not_called_full(tmp_path: Path) -> None:
 # Families and precisions
 
 
+@pytest.mark.parametrize("precision", [Precision(5), Precision(8, trunk_bits=2)])
+def test_a_width_that_does_not_exist_is_refused(imported: Imported, precision: Precision) -> None:
+    with pytest.raises(ModelError, match=r"bits for .*: use one of .*4, 8, 32"):
+        precision.table(imported[1].shape)
+
+
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_every_family_is_imported_as_it_is_at_32_bits(name: str, tmp_path: Path) -> None:
     store, checkpoint = Store(tmp_path / "s"), huggingface(name)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coeld.errors import ModelError, UnknownModel
-from coeld.model import importer
+from coeld.errors import BadRequest, ModelError, UnknownModel
+from coeld.model import fetch, importer
 from coeld.model.manifest import matrix_form
 from coeld.model.store import Store
 from coeld.ui import model_command
@@ -81,6 +81,26 @@ def test_a_known_model_that_is_installed_is_not_fetched_again(place: Path, tiny_
     assert Store(place).manifest("smollm2-135m-instruct") == before
 
 
+@pytest.mark.parametrize("words", ["--bits 4", "--trunk-bits 8", "--budget 1MB --calibrate t.txt"])
+def test_a_known_model_that_is_installed_is_not_taken_for_another_width_of_it(
+    place: Path, tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(place.parent)
+    Path("t.txt").write_text("a text")
+    run("add", str(tiny_gguf), "--name", "smollm2-135m-instruct")
+    with pytest.raises(ModelError, match="is installed already"):
+        run("add", "smollm2-135m-instruct", *words.split())
+
+
+@pytest.mark.parametrize("words", ["--calibrate /nowhere", "--report", "--budget 1MB"])
+def test_what_does_not_go_together_is_refused_before_anything_is_fetched(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.setattr(fetch, "fetched", lambda *_: pytest.fail("fetched"))
+    with pytest.raises(BadRequest, match="--budget"):
+        run("add", "smollm2-135m-instruct", *words.split())
+
+
 def test_a_damaged_model_is_listed_and_can_be_removed(
     place: Path, tiny_gguf: Path, capsys: Captured
 ) -> None:
@@ -134,8 +154,9 @@ def test_bits_are_chosen_for_experts_and_trunk(place: Path, tiny_gguf: Path) -> 
 
 @pytest.mark.parametrize(("option", "bits"), [("--bits", "5"), ("--trunk-bits", "2")])
 def test_a_width_that_does_not_exist_is_answered_with_those_that_do(
-    place: Path, tiny_gguf: Path, option: str, bits: str
+    place: Path, capsys: Captured, option: str, bits: str
 ) -> None:
-    with pytest.raises(ModelError, match=f"{bits} bits for .*: use one of .*4, 8, 32"):
-        run("add", str(tiny_gguf), option, bits)
-    assert Store(place).names() == []
+    with pytest.raises(SystemExit):
+        run("add", "smollm2-135m-instruct", option, bits)
+    assert "choose from 8, 4, " in capsys.readouterr().err
+    assert not place.exists()
