@@ -4,9 +4,12 @@ Order as in Hugging Face's transformers: temperature, then top-k, then top-p on 
 """
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+SEED_MASK: Final = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +23,11 @@ class Sampling:
     top_k: int = 0
     """Only this many likeliest tokens; 0 keeps all."""
     seed: int | None = None
-    """Same seed, same draws; None draws a new one."""
+    """Same seed, same draws, of any integer its lowest 64 bits; None draws a new one."""
 
     def generator(self) -> np.random.Generator:
-        return np.random.default_rng(self.seed)
+        # numpy takes no negative ones
+        return np.random.default_rng(None if self.seed is None else self.seed & SEED_MASK)
 
 
 def choose(logits: NDArray[np.float32], sampling: Sampling, generator: np.random.Generator) -> int:

@@ -128,6 +128,7 @@ def test_null_means_the_default() -> None:
         (chat(top_k=-1), "top_k"),
         (chat(seed=1.0), "seed"),
         (chat(seed=2**63), "seed"),
+        (chat(seed=-(2**63) - 1), "seed"),
         (chat(n=2), "n"),
         (chat(n=0), "n"),
         (chat(stop=5), "stop"),

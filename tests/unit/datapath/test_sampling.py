@@ -56,3 +56,14 @@ def test_the_same_seed_gives_the_same_draws() -> None:
     assert runs[0] == runs[1]
     other = Sampling(1.0, seed=43)
     assert runs[0] != [choose(logits, other, other.generator()) for _ in range(20)]
+
+
+@pytest.mark.parametrize("seed", [-1, -(1 << 63), (1 << 63) - 1])
+def test_any_64_bit_seed_gives_draws_of_its_own(seed: int) -> None:
+    logits = np.zeros(1000, np.float32)
+    runs = []
+    for one in (seed, seed, seed ^ 1):
+        sampling = Sampling(1.0, seed=one)
+        generator = sampling.generator()
+        runs.append([choose(logits, sampling, generator) for _ in range(20)])
+    assert runs[0] == runs[1] != runs[2]
