@@ -6,7 +6,6 @@ fields that coeld does not know, as OpenAI is. `x_coeld` in a request is ours (`
 """
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -191,7 +190,7 @@ def _number(
     found, where = value.get(name), where or name
     if found is None:
         return default
-    if type(found) not in (int, float) or not math.isfinite(found) or not low <= found <= high:
+    if type(found) not in (int, float) or not low <= found <= high:
         raise BadRequest(f"{where} must be a number between {low:g} and {high:g}.", where)
     return float(found)
 

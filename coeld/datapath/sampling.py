@@ -34,11 +34,12 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, generator: np.random
     """The next token for logits (V,)."""
     if sampling.temperature <= 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
+    below = logits.astype(np.float64) - float(logits.max())  # first, for tiny temperatures
+    order = np.argsort(-below, kind="stable")
     if sampling.top_k > 0:
         order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
+    with np.errstate(over="ignore"):  # to minus infinity: never drawn
+        weights = np.exp(below[order] / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p < 1:
         kept = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1

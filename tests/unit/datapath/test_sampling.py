@@ -1,5 +1,7 @@
 """Sampling against slow, obvious definitions."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,18 @@ def test_any_64_bit_seed_gives_draws_of_its_own(seed: int) -> None:
         generator = sampling.generator()
         runs.append([choose(logits, sampling, generator) for _ in range(20)])
     assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-5, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.0, 1e-38, 1.0, 1e4, 3e38])
+def test_a_token_is_drawn_at_any_temperature_from_any_logits(
+    temperature: float, scale: float
+) -> None:
+    generator = np.random.default_rng(7)
+    for top_p, top_k in itertools.product((0.0, 5e-324, 0.5, 1.0), (0, 1, 1 << 24)):
+        logits = (generator.uniform(-1, 1, 50) * scale).astype(np.float32)
+        logits[:5] = -np.inf
+        token = choose(logits, Sampling(temperature, top_p, top_k), generator)
+        assert logits[token] > -np.inf
+        if temperature < 1e-50 or top_p < 0.01 or top_k == 1:
+            assert logits[token] == logits.max()
