@@ -63,7 +63,8 @@ from coeld.errors import CoeldError, FrameError, RequestError
 from coeld.ids import NodeId
 
 LINE_BYTES_MAX: Final = 16 << 20
-"""A prompt may be long; nothing else comes close."""
+"""A prompt may be long, up to 1.5 times the body of an API request (that in UTF-16, this in UTF-8);
+nothing else comes close."""
 
 
 ENGINE_COMMAND: Final = (sys.executable, "-m", "coeld.engine")
@@ -107,7 +108,9 @@ class EngineOptions:
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+    """A message as a line, not longer than the same texts were in the body of an API request."""
+    text = json.dumps(message, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass") + b"\n"  # names of files may hold any bytes
 
 
 def decode(line: bytes) -> dict[str, Any]:
