@@ -13,7 +13,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Final, Protocol
 
@@ -114,9 +114,8 @@ class Api:
             ident = ("chatcmpl-" if kind == "chat" else "cmpl-") + secrets.token_hex(12)
             reply = Reply(kind, ident, int(time.time()), name)
             self.counters["requests"] += 1
-            if ask.stream:
-                return await self._stream(ask, reply)
-            return await self._whole(ask, reply, request.receive)
+            answer = self._begin(ask, reply) if ask.stream else self._collect(ask, reply)
+            return await self._unless_it_leaves(answer, request.receive)
         except CoeldError as exc:
             return self._refuse(failure(exc))
 
@@ -132,12 +131,14 @@ class Api:
             )
         return found
 
-    async def _whole(
-        self, ask: Ask, reply: Reply, receive: Callable[[], Awaitable[Message]]
+    async def _unless_it_leaves(
+        self,
+        work: Coroutine[Any, Any, Response],
+        receive: Callable[[], Awaitable[Message]],
     ) -> Response:
-        """Collect the answer, unless the client leaves first."""
+        """What `work` returns, unless the client leaves first: then it is cancelled."""
         async with asyncio.TaskGroup() as group:
-            answer = group.create_task(self._collect(ask, reply), name="api-answer")
+            answer = group.create_task(work, name="api-answer")
             watch = group.create_task(_disconnect(receive), name="api-disconnect")
             await asyncio.wait((answer, watch), return_when=asyncio.FIRST_COMPLETED)
             watch.cancel()
@@ -146,26 +147,30 @@ class Api:
         if answer.cancelled():
             self.counters["abandoned"] += 1
             return Response(status_code=499)  # nobody is there to read it
-        found = answer.result()
-        return found if isinstance(found, Response) else JSONResponse(found)
+        return answer.result()
 
-    async def _collect(self, ask: Ask, reply: Reply) -> dict[str, Any] | Response:
+    async def _collect(self, ask: Ask, reply: Reply) -> Response:
+        """The whole answer, or the error instead of it."""
         pieces: list[str] = []
         try:
             async with self._daemon.generate(ask.engine) as events:
                 async for event in events:
                     if event["ev"] == "done":
                         self.counters["completed"] += 1
-                        return reply.whole("".join(pieces), event)
+                        return JSONResponse(reply.whole("".join(pieces), event))
                     pieces.append(event["text"])
         except CoeldError as exc:
             return self._refuse(failure(exc))
         raise AssertionError("an answer ends with done or an error")
 
-    async def _stream(self, ask: Ask, reply: Reply) -> Response:
-        """Errors before the first token are plain HTTP errors; later ones go into the stream."""
+    async def _begin(self, ask: Ask, reply: Reply) -> Response:
+        """The stream once its first chunk is there: errors before it are plain HTTP errors, later
+        ones go into the stream."""
         chunks = self._chunks(ask, reply)
-        head = await anext(chunks)
+        try:
+            head = await anext(chunks)
+        except CoeldError as exc:
+            return self._refuse(failure(exc))
         return StreamingResponse(
             _chain(head, chunks),
             media_type="text/event-stream",

@@ -158,6 +158,19 @@ def test_a_client_that_leaves_before_a_whole_answer_ends_its_request(device: Dev
     engine_requests(device, 0, before + 1)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_before_the_first_token_ends_its_request(
+    device: Device, stream: bool
+) -> None:
+    before = cancelled_so_far(device)
+    connection = UnixConnection(device.socket)
+    body = json.dumps(chat("silent", stream=stream))
+    connection.request("POST", "/v1/chat/completions", body)
+    engine_requests(device, 1, before)
+    connection.close()
+    engine_requests(device, 0, before + 1)
+
+
 def test_a_client_that_stops_reading_is_cut_off(device: Device) -> None:
     before = cancelled_so_far(device)
     with contextlib.closing(UnixConnection(device.socket)) as connection:

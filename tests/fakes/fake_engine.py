@@ -127,6 +127,8 @@ class FakeEngine:
     def step(self, ident: str) -> None:
         """One token of one request."""
         job = self.requests[ident]
+        if job.mode == "silent":
+            return
         if job.mode == "slowly":
             time.sleep(0.02)
         if job.mode == "crash" and job.sent == 3:
