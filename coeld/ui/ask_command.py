@@ -65,28 +65,40 @@ def run(arguments: argparse.Namespace) -> int:
         body["messages"] = [*system, {"role": "user", "content": text}]
     socket = socket_of(arguments)
     chunks = patiently(lambda: stream(socket, url, body), arguments.wait)
-    show(chunks, socket, arguments.stats)
+    show(chunks, [], socket, arguments.max_tokens, arguments.stats)
     return 0
 
 
-def show(chunks: Iterator[dict[str, Any]], socket: Path, stats: bool) -> str:
-    """Print an answer as it comes, then the summary line; returns the answer."""
-    pieces: list[str] = []
-    usage = None
+def show(
+    chunks: Iterator[dict[str, Any]],
+    pieces: list[str],
+    socket: Path,
+    max_tokens: int | None,
+    stats: bool = False,
+) -> None:
+    """Print an answer as it comes, adding it to `pieces`, then what is to be said about it."""
+    usage: dict[str, Any] = {}
+    reason = None
     try:
         for chunk in chunks:
             usage = chunk.get("usage", usage)
             for choice in chunk["choices"]:
+                reason = choice["finish_reason"]
                 piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
                 pieces.append(piece)
                 print(piece, end="", flush=True)
     finally:
         if pieces:
             print(flush=True)
+    if reason == "length" and usage.get("completion_tokens") != max_tokens:
+        print(
+            "coeld: the context is full: the answer ends here, unfinished. Ask for less, or raise "
+            "engine.context_tokens of the daemon.",
+            file=sys.stderr,
+        )
     if usage and (stats or sys.stderr.isatty()):
         line = _summary(usage, socket)
         print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr)
-    return "".join(pieces)
 
 
 def _summary(usage: dict[str, Any], socket: Path) -> str:

@@ -326,6 +326,44 @@ def test_coeld_chat_remembers(device: Device) -> None:
     assert "my name is Ada" in done.stdout.split("> ")[-2]
 
 
+def test_coeld_chat_forgets_the_oldest_turns_when_the_context_is_full(device: Device) -> None:
+    words = ("chat", "--system", "be brief")
+    done = coeld(device, *words, stdin="first\nsecond\nthird\nrecall\nrecall toolong\necho\n")
+    answers = [line for line in done.stdout.split("> ") if line.startswith("{")]
+    recalled, last = map(json.loads, answers)
+    contents = [message["content"] for message in recalled["messages"]]
+    assert contents == ["be brief", "third", "you said: third ", "recall"]
+    assert "the oldest 4 messages are forgotten" in done.stderr
+    assert "The prompt does not fit." in done.stderr  # alone neither
+    assert [message["content"] for message in last["messages"]][:4] == contents
+
+
+def test_ctrl_c_in_coeld_chat_keeps_the_question_and_what_was_answered(device: Device) -> None:
+    command = [sys.executable, "-m", "coeld", "chat", "--socket", str(device.socket)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"my name is Ada, speak slowly\n")
+        process.stdin.flush()
+        assert process.stdout.read(6) == b"> word"
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(b"echo\n", timeout=20)
+    assert (process.returncode, b"Traceback" in error) == (0, False)
+    question, answer, _ = json.loads(out[out.index(b"{") : out.rindex(b"}") + 1])["messages"]
+    assert question == {"role": "user", "content": "my name is Ada, speak slowly"}
+    assert answer["role"] == "assistant"
+    assert answer["content"].startswith("word ")
+
+
+def test_coeld_ask_says_that_the_context_is_full_unless_it_asked_for_an_end(device: Device) -> None:
+    done = coeld(device, "ask", "make it full")
+    assert (done.returncode, done.stdout) == (0, "you said: make it full \n")
+    assert "the context is full" in done.stderr
+    assert "the context is full" in coeld(device, "ask", "full", "--max-tokens", "9").stderr
+    assert coeld(device, "ask", "one two", "--max-tokens", "3").stderr == ""
+
+
 def test_without_a_daemon_the_commands_say_what_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coeld", "ask", "hi", "--socket", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

@@ -112,7 +112,7 @@ class FakeEngine:
         if mode == "uncovered":
             text = "12345 bytes of experts have no owner."
             self.say("error", id=ident, type="NotCovered", message=text, missing_bytes=12345)
-        elif mode == "toolong":
+        elif mode == "toolong" or (mode == "recall" and len(message["messages"]) > 4):
             text = "The prompt does not fit."
             self.say("error", id=ident, type="ContextTooLong", message=text, param="messages")
         elif mode == "babble":
@@ -140,7 +140,7 @@ class FakeEngine:
         word = next(job.words, None)
         if word is None or job.sent == job.most:
             del self.requests[ident]
-            reason = "stop" if word is None else "length"
+            reason = "stop" if word is None and job.mode != "full" else "length"
             numbers = {
                 "prompt_tokens": 7,
                 "prefill_s": 0.5,
@@ -164,7 +164,7 @@ class Job:
         self.mode = mode
         self.sent = 0
         self.most = order["max_tokens"]
-        if mode == "echo":
+        if mode in ("echo", "recall"):
             self.words = iter([json.dumps(order, sort_keys=True)])
         elif mode in ("forever", "slowly", "crash", "fail"):
             self.words = itertools.repeat("word ")
