@@ -1,8 +1,8 @@
 """OpenAI's request and response shapes, to and from the words of the engine. Pure.
 
-Checks are strict where a wrong value would change the answer (types, ranges, roles) and silent for
-fields that coeld does not know, as OpenAI is. `x_coeld` in a request is ours (`kl_budget`), and in
-`usage`: how long it took, and what travelled.
+What would change the answer is checked or refused: types, ranges, roles, and fields of OpenAI's
+that are not supported. Fields that coeld does not know are ignored, as by OpenAI. `x_coeld` in a
+request is ours (`kl_budget`), and in `usage`: how long it took, and what travelled.
 """
 
 import json
@@ -13,7 +13,7 @@ from coeld.errors import BadRequest
 
 Kind = Literal["chat", "text"]
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+ROLES: Final = ("system", "developer", "user", "assistant")
 MESSAGES_MAX: Final = 4096
 STOPS_MAX: Final = 4
 STOP_CHARS_MAX: Final = 256
@@ -22,6 +22,26 @@ TOKENS_MAX: Final = 1 << 24
 KL_BUDGET_MAX: Final = 1.0
 """Nats per token: beyond, the answer would be another model's."""
 SEED_MAX: Final = (1 << 63) - 1
+NEUTRAL_IN_BOTH: Final[dict[str, tuple[Any, ...]]] = {
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "frequency_penalty": (0, 0.0),
+    "presence_penalty": (0, 0.0),
+}
+NEUTRAL: Final[dict[Kind, dict[str, tuple[Any, ...]]]] = {
+    "chat": NEUTRAL_IN_BOTH
+    | {
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "logprobs": (False,),
+        "top_logprobs": (0,),
+    },
+    "text": NEUTRAL_IN_BOTH | {"echo": (False,), "suffix": ("",), "best_of": (1,), "logprobs": ()},
+}
+"""Fields that are not supported, with the values, besides null, that change nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,7 @@ class Ask:
 def parse(kind: Kind, body: bytes) -> Ask:
     """A request body. Raises BadRequest, naming the field."""
     value = _json(body)
+    _refuse_unsupported(value, NEUTRAL[kind])
     stream = _flag(value, "stream")
     options = _field(value, "stream_options", dict, {})
     if options and not stream:
@@ -65,6 +86,20 @@ def _json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.")
     return value
+
+
+def _refuse_unsupported(
+    value: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str = ""
+) -> None:
+    for name, harmless in neutral.items():
+        found = value.get(name)
+        if found is None or any(found == one and type(found) is type(one) for one in harmless):
+            continue
+        raise BadRequest(
+            f"{where}{name} is not supported here, and without it the answer would be another one: "
+            "leave it out.",
+            where + name,
+        )
 
 
 def _source(kind: Kind, value: dict[str, Any]) -> dict[str, Any]:
@@ -94,6 +129,13 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise BadRequest(f"{where} must be an object with role and content.", where)
     role = message.get("role")
+    if role == "tool":
+        raise BadRequest(
+            f"{where}.role is tool, and tools are not supported here: say what it found in a "
+            "message of the user.",
+            f"{where}.role",
+        )
+    _refuse_unsupported(message, {"tool_calls": ([],), "function_call": ()}, f"{where}.")
     if not isinstance(role, str) or role not in ROLES:
         raise BadRequest(f"{where}.role must be one of {', '.join(ROLES)}.", f"{where}.role")
     content = message.get("content")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from coeld.api.failures import failure
-from coeld.api.openai import Reply, parse
+from coeld.api.openai import Kind, Reply, parse
 from coeld.errors import (
     BadRequest,
     CoeldError,
@@ -51,7 +51,7 @@ def test_everything_that_can_be_said_arrives() -> None:
         seed=-7,
         stop="END",
         n=1,
-        logit_bias={"unknown": "fields are ignored"},
+        unknown="fields are ignored",
     )
     ask = parse("chat", body)
     assert (ask.model, ask.stream, ask.include_usage) == ("m", True, True)
@@ -152,6 +152,69 @@ def test_a_bad_chat_body_is_refused_by_the_name_of_the_field(
         parse("chat", body)
     assert caught.value.param == param
     assert failure(caught.value).status == 400
+
+
+UNSUPPORTED: dict[str, list[tuple[str, Any, list[Any]]]] = {
+    "chat": [
+        ("response_format", {"type": "json_object"}, [None, {"type": "text"}]),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}, []),
+        ("tools", [{"type": "function", "function": {"name": "f"}}], [None, []]),
+        ("tool_choice", "required", [None, "none", "auto"]),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}, []),
+        ("functions", [{"name": "f"}], [[]]),
+        ("modalities", ["text", "audio"], [None, ["text"]]),
+        ("logprobs", True, [None, False]),
+        ("top_logprobs", 3, [None, 0]),
+        ("logit_bias", {"5": 100}, [None, {}]),
+        ("frequency_penalty", 0.5, [None, 0, 0.0]),
+        ("presence_penalty", -2, [None, 0, 0.0]),
+    ],
+    "text": [
+        ("echo", True, [None, False]),
+        ("suffix", "!", [None, ""]),
+        ("best_of", 2, [None, 1]),
+        ("logprobs", 0, [None]),
+        ("logprobs", 3, []),
+        ("logit_bias", {"5": 100}, [None, {}]),
+        ("presence_penalty", 1, [None, 0]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "wanted", "neutral"),
+    [(kind, *row) for kind, rows in UNSUPPORTED.items() for row in rows],
+)
+def test_what_would_change_the_answer_and_is_not_supported_is_refused(
+    kind: Kind, name: str, wanted: Any, neutral: list[Any]
+) -> None:
+    plain = {"messages": HELLO} if kind == "chat" else {"prompt": "x"}
+    with pytest.raises(BadRequest, match="not supported") as caught:
+        parse(kind, json.dumps(plain | {name: wanted}).encode())
+    assert caught.value.param == name
+    for value in neutral:
+        with_it = parse(kind, json.dumps(plain | {name: value}).encode())
+        assert with_it == parse(kind, json.dumps(plain).encode())
+
+
+CALLS = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "tool_call_id": "1", "content": "42"}, "messages[1].role"),
+        ({"role": "assistant", "content": None, "tool_calls": CALLS}, "messages[1].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": CALLS}, "messages[1].tool_calls"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1].function_call"),
+    ],
+)
+def test_a_history_with_tools_is_refused(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest, match="not supported") as caught:
+        parse("chat", chat(messages=[*HELLO, message]))
+    assert caught.value.param == param
+    without = {"role": "assistant", "content": "x", "tool_calls": [], "function_call": None}
+    assert parse("chat", chat(messages=[*HELLO, without])).engine["messages"][1]["content"] == "x"
 
 
 @pytest.mark.parametrize("prompt", [None, "", 5, [], ["a", "b"], [1, 2], {"text": "x"}, ["\ud800"]])
