@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Message
@@ -104,7 +104,10 @@ class Api:
     # One request
 
     async def _answer(self, kind: Kind, request: Request) -> Response:
-        body = await _read(request)
+        try:
+            body = await _read(request)
+        except ClientDisconnect:
+            return self._left()
         if body is None:
             text = f"The body is larger than {BODY_BYTES_MAX} bytes."
             return self._refuse(plain(413, text, "invalid_request_error"))
@@ -145,8 +148,7 @@ class Api:
             if not answer.done():
                 answer.cancel()
         if answer.cancelled():
-            self.counters["abandoned"] += 1
-            return Response(status_code=499)  # nobody is there to read it
+            return self._left()
         return answer.result()
 
     async def _collect(self, ask: Ask, reply: Reply) -> Response:
@@ -205,6 +207,10 @@ class Api:
                 self.counters["abandoned"] += 1
 
     # Errors
+
+    def _left(self) -> Response:
+        self.counters["abandoned"] += 1
+        return Response(status_code=499)  # nobody is there to read it
 
     def _refuse(self, found: Failure) -> Response:
         self.counters[f"refused_{found.status}"] += 1

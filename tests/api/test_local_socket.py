@@ -178,6 +178,15 @@ def test_a_client_that_stops_reading_is_cut_off(device: Device) -> None:
         engine_requests(device, 0, before + 1)
 
 
+def test_a_client_that_breaks_its_upload_off_is_no_bug(device: Device) -> None:
+    before = device.wait(serving)["api"].get("abandoned", 0)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(device.socket))
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    device.wait(lambda status: status["api"].get("abandoned", 0) > before)
+    assert "Traceback" not in device.log
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [
@@ -230,6 +239,26 @@ def test_an_engine_that_babbles_is_replaced(device: Device) -> None:
 def test_the_tcp_port_answers_only_to_local_names(device: Device, host: str, status: int) -> None:
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", TCP_PORT, 20)) as connection:
         connection.request("GET", "/v1/models", headers={"Host": host})
+        assert connection.getresponse().status == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1", 200),
+        ("http://evil.example", 403),
+        ("http://localhost.evil.example:80", 403),
+        ("null", 403),
+        ("", 403),
+    ],
+)
+def test_the_tcp_port_answers_only_to_pages_of_this_machine(
+    device: Device, origin: str, status: int
+) -> None:
+    headers = {"Origin": origin, "Content-Type": "text/plain"}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", TCP_PORT, 20)) as connection:
+        connection.request("POST", "/v1/completions", '{"prompt": "hi"}', headers)
         assert connection.getresponse().status == status
 
 
