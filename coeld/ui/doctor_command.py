@@ -1,6 +1,7 @@
 """`coeld doctor`: what works, what does not, and what to do about it."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,8 +74,8 @@ def _model(store: Store) -> Check:
     except CoeldError as exc:
         return Check("model", "damaged", str(exc))
     if not names:
-        advice = "Install one: coeld model add smollm2-135m-instruct"
-        return Check("model", f"none in {store.root}", advice)
+        command = f"coeld model add smollm2-135m-instruct --store {shlex.quote(str(store.root))}"
+        return Check("model", f"none in {store.root}", f"Install one: {command}")
     return Check("model", ", ".join(names))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from coeld.ui.cli import COMMANDS, HELP, main
+from coeld.ui.cli import COMMANDS, HELP, main, parser_for
 from coeld.ui.doctor_command import machine
 from coeld.ui.status_command import (
     asked,
@@ -74,6 +75,17 @@ def test_doctor_says_what_to_do(
     assert "ok python" in out
     assert "coeld model add" in out
     assert "coeld up" in out
+
+
+def test_doctor_has_the_model_installed_where_the_daemon_looks_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.toml").write_text(f'[device]\nstore_dir = "{tmp_path}/my models"')
+    main(["doctor", "--config", str(tmp_path / "a.toml"), "--socket", str(tmp_path / "none")])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "model add" in line]
+    words = shlex.split(line.partition("coeld ")[2])
+    arguments = parser_for(words).parse_args(words)
+    assert arguments.store == tmp_path / "my models"
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
