@@ -6,9 +6,12 @@ line names it, so that the daemon stays small.
 """
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
+from pathlib import Path
 from typing import Final
 
 from coeld import __version__
@@ -41,6 +44,9 @@ HELP: Final = {
     "sim": "simulate a swarm with faults",
 }
 
+UNWRITABLE: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Why a file takes no more."""
+
 
 def parser_for(words: list[str]) -> argparse.ArgumentParser:
     """The parser, with arguments only for the subcommand that `words` names."""
@@ -62,6 +68,7 @@ def parser_for(words: list[str]) -> argparse.ArgumentParser:
 
 def main(words: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    _mend_streams()
     words = sys.argv[1:] if words is None else words
     arguments = parser_for(words).parse_args(words)
     try:
@@ -73,7 +80,29 @@ def main(words: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `coeld status | head`: nobody reads on, and that is fine
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as exc:
+        return _without_output(exc)
     return status
+
+
+def _mend_streams() -> None:
+    """Standard streams that are closed lead nowhere; characters that their encoding lacks are
+    written as escapes, and bytes that are none are read as U+FFFD."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - open to the end
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def _without_output(exc: OSError) -> int:
+    """The exit status when what was to be written cannot be. Raises `exc` if it is another one."""
+    read_on = not isinstance(exc, BrokenPipeError)  # `coeld config | head` is no error
+    if read_on and exc.errno not in UNWRITABLE:
+        raise exc
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries it again
+    if read_on:
+        advice = "Make room, or send the output elsewhere."
+        print(f"coeld: writing failed: {exc.strerror}. {advice}", file=sys.stderr)
+    return int(read_on)

@@ -1,5 +1,6 @@
 """The command line: what it imports, what it says, how it exits."""
 
+import errno
 import io
 import os
 import shlex
@@ -95,6 +96,61 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, timeout=60, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_output_that_cannot_be_written_is_one_line_and_status_1() -> None:
+    command = [sys.executable, "-m", "coeld", "config"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert done.stderr.startswith(b"coeld: writing failed: No space left on device.")
+
+
+def test_an_error_of_the_system_that_is_not_about_writing_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(_: object) -> int:
+        raise PermissionError(errno.EPERM, "forbidden")
+
+    monkeypatch.setattr("coeld.ui.config_command.run", run)
+    with pytest.raises(PermissionError):
+        main(["config"])
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere(closed: str) -> None:
+    for words, status in (("config", 0), ("ask - --socket /nowhere", 1)):
+        command = f"exec {sys.executable} -m coeld {words} {closed}"
+        done = subprocess.run(
+            ["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+        assert (done.returncode, b"Traceback" in done.stderr) == (status, False)
+
+
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    code = "from coeld.ui.cli import main; main(['config']); print('é\\U0001f984')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.endswith(b"\\xe9\\U0001f984\n")
+
+
+def test_bytes_that_are_no_text_are_read_as_such() -> None:
+    command = [sys.executable, "-m", "coeld", "ask", "-", "--socket", "/nowhere"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        input=b"\xff\xfe",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, b"no daemon answers" in done.stderr) == (1, True)
 
 
 def swarm_status(devices: int) -> dict[str, Any]:
