@@ -13,7 +13,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from random import Random
@@ -97,9 +97,7 @@ class Agent:
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT. Raises StartError when it cannot start."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        _on_signals(self._stop.set)
         with state_dir.locked(self._where.state_dir):
             self._identity = state_dir.next_identity(self._where.state_dir)
             if self._identity.renewed:
@@ -158,7 +156,9 @@ class Agent:
             )
             notify("READY=1")
             await self._stop.wait()
-            await self._hand_over()
+            hand_over = group.create_task(self._hand_over(), name="hand-over")
+            _on_signals(hand_over.cancel)  # told again, it goes without
+            await asyncio.wait((hand_over,))
             await self._say_goodbye()
             for task in tasks:
                 task.cancel()
@@ -264,6 +264,7 @@ class Agent:
 
     async def _hand_over(self) -> None:
         """Let others take over what only this device serves, while it still serves it."""
+        log.info("stopping when others have taken over; tell it again to stop at once")
         self._deliver(self._resources())
         for _ in range(round(HAND_OVER_S / GOODBYE_S)):
             await asyncio.sleep(GOODBYE_S)
@@ -407,6 +408,12 @@ def up(config: Config, engine_command: tuple[str, ...] = ENGINE_COMMAND) -> None
         asyncio.run(main())
     except BaseExceptionGroup as group:
         raise _first(group) from None
+
+
+def _on_signals(act: Callable[[], object]) -> None:
+    """What to do when told to stop, from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, act)
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,6 +1,8 @@
 """Real agents with fake engines on loopback: they find each other, agree, leave, and are missed."""
 
+import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,8 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
+from coeld.agent import Agent
+from coeld.config import load
+from coeld.host.places import places
+from coeld.net.engine_link import EngineLink
 from tests.fakes.agents import ROOT, Device, running, serving
 from tests.fakes.fake_model import install
+from tests.fakes.run_agent import FAKE_ENGINE
 
 pytestmark = pytest.mark.swarm
 
@@ -86,6 +93,33 @@ def test_three_agents_meet_through_one_seed_and_leave_cleanly(swarm: list[Device
         device.wait(lambda status: members(status, "left") == 1 and serving(status), 5)
     assert others[0].stop(signal.SIGINT)[0] == 0
     assert "Traceback" not in first.log + others[0].log
+
+
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT])
+def test_an_agent_that_is_told_twice_to_stop_waits_for_nobody(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, again: signal.Signals
+) -> None:
+    config = load(Device(tmp_path / "d", store).config)
+
+    async def main() -> None:
+        ready, parting = asyncio.Event(), asyncio.Event()
+
+        async def stats(_: EngineLink) -> dict[str, int]:
+            parting.set()
+            return {"guest_kv_bytes": 1}
+
+        monkeypatch.setattr(EngineLink, "stats", stats)
+        monkeypatch.setattr("coeld.agent.PARTING_S_MAX", 60.0)
+        monkeypatch.setattr("coeld.agent.notify", lambda _: ready.set())
+        agent = Agent(config, places(config), (sys.executable, str(FAKE_ENGINE)))
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            group.create_task(agent.run())
+            await ready.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            await parting.wait()
+            os.kill(os.getpid(), again)
+
+    asyncio.run(main())
 
 
 def test_a_killed_agent_is_missed_and_its_return_is_noticed(swarm: list[Device]) -> None:
