@@ -96,7 +96,7 @@ def _refuse_unsupported(
         if found is None or any(found == one and type(found) is type(one) for one in harmless):
             continue
         raise BadRequest(
-            f"{where}{name} is not supported here, and without it the answer would be another one: "
+            f"{where}{name} is not supported here, and ignoring it would change the answer: "
             "leave it out.",
             where + name,
         )
