@@ -44,8 +44,9 @@ class _Peer:
     heard_s: float = float("-inf")
 
     @property
-    def bytes_per_s(self) -> float:
-        return median(self.rates) if self.rates else 0.0
+    def mb_per_s(self) -> int:
+        """As it is told, and so taken off round trips: both together are what a call takes."""
+        return max(1, round(median(self.rates) / 1e6)) if self.rates else 0
 
 
 class LinkMeter:
@@ -64,7 +65,7 @@ class LinkMeter:
         with self._lock:
             peer = self._peer(node)
             if peer is not None:
-                payload_s = payload_bytes / (peer.bytes_per_s or ASSUMED_BYTES_PER_S)
+                payload_s = payload_bytes / (1e6 * peer.mb_per_s or ASSUMED_BYTES_PER_S)
                 peer.fresh_us.append(max(1, round((link_s - payload_s) * 1e6)))
                 peer.heard_s = now_s
 
@@ -89,8 +90,7 @@ class LinkMeter:
                     rtt_us, p99_us = (
                         round(median(column)) for column in zip(*peer.seen, strict=True)
                     )
-                    rate = max(1, round(peer.bytes_per_s / 1e6)) if peer.rates else 0
-                    found.append(MeasuredLink(node, rtt_us, max(rtt_us, p99_us), rate))
+                    found.append(MeasuredLink(node, rtt_us, max(rtt_us, p99_us), peer.mb_per_s))
             return tuple(found)
 
     def due(self, nodes: Collection[NodeId], now_s: float) -> list[NodeId]:

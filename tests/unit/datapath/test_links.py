@@ -103,3 +103,16 @@ def test_who_is_no_peer_any_more_is_forgotten_and_there_is_room_for_so_many() ->
 
 def test_what_is_assumed_of_bandwidth_is_what_the_market_assumes() -> None:
     assert pytest.approx(LAN.mb_per_s * 1e6) == ASSUMED_BYTES_PER_S
+
+
+@pytest.mark.parametrize("mb_per_s", [0.1, 0.25, 0.9, 2.5, 100.4])
+def test_a_call_takes_what_round_trip_and_rate_say_together_however_slow_the_link(
+    mb_per_s: float,
+) -> None:
+    """A rate is told in whole megabytes, 1 at least; what kernels deliver after losses is less."""
+    meter = LinkMeter()
+    meter.delivered(A, mb_per_s * 1e6)
+    for _ in range(SURE):
+        meter.answered(A, 0.033, 8192, 0.0)
+        found = meter.look([A])
+    assert found[0].rtt_us + 8192 / found[0].mb_per_s == pytest.approx(33_000, abs=1)
