@@ -9,7 +9,7 @@
     │   ├── UnsupportedModel  a well-formed file with an architecture or type coeld cannot run
     │   ├── BadChecksum     the bytes are not the ones that were asked for
     │   ├── FetchFailed     the download did not work
-    │   ├── DiskFull        no room to import
+    │   ├── DiskFull        no room to import, or to put weights together
     │   └── BudgetTooSmall  no choice of widths fits; says the smallest that does
     ├── RequestError        the caller's mistake (HTTP 4xx)
     │   ├── BadRequest
@@ -70,7 +70,7 @@ class FetchFailed(ModelError):
 
 
 class DiskFull(ModelError):
-    """No room left while importing."""
+    """No room left for files."""
 
 
 class BudgetTooSmall(ModelError):

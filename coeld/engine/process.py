@@ -22,20 +22,20 @@ from coeld.datapath.costs import costs_to_json
 from coeld.datapath.dispatch import not_covered
 from coeld.datapath.ports import Rows
 from coeld.datapath.quality import Quality
-from coeld.datapath.request import FinishReason, Request
+from coeld.datapath.request import Request
 from coeld.datapath.sampling import Sampling
+from coeld.engine.answer import Answer
 from coeld.engine.calibrate import calibrate
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
 from coeld.engine.protocol import EngineOptions, error_to_json
 from coeld.engine.sessions import give_memory_back, sweep_files, use_threads
-from coeld.engine.text import Stream
 from coeld.engine.usage import Usage
 from coeld.engine.watch import Watch, Watched
 from coeld.errors import BadRequest, CoeldError, NoModel, Overloaded, PeerError, PeerRefused
 from coeld.ids import Lot, ModelHash, NodeId
-from coeld.model.narrow import NARROW_BITS, narrow_experts
+from coeld.model.narrow import narrow_experts
 from coeld.model.store import Store
 from coeld.net.peers import Introduction, PeerPool, PeerServer
 from coeld.routes import RouteTable
@@ -52,6 +52,10 @@ END_S: Final = 0.5
 """For all threads to end what they do; the agent is harsh after twice that."""
 SETTLE_S: Final = 0.02
 """Between two looks whether the last part on a former plan has ended."""
+REFIT_S: Final = 5.0
+"""After graphs could not be built, until it is tried again."""
+FAILURES: Final = (CoeldError, OSError, MemoryError)
+"""Of opening and loading, on a device that is sound: disks and memories are full, or rot."""
 
 
 class Engine:
@@ -68,6 +72,8 @@ class Engine:
         """Experts of the model that the swarm holds in fewer bits than they are stored in."""
         self._loading = False
         """Whether the loader works; it alone says so."""
+        self._unfit = ""
+        """Why the last graphs could not be built; the loader's."""
         self._turn_s = 0.0
         """What a turn takes while it does not, smoothed; the decoder's."""
         self.usage = Usage()
@@ -194,7 +200,7 @@ class Engine:
                 on_failure=self._call_failed,
             )
             model.refit()
-        except CoeldError as exc:
+        except FAILURES as exc:
             self._link.say("failed", model=name, **error_to_json(exc))
             return
         self._model, self._pool = model, pool
@@ -237,7 +243,7 @@ class Engine:
     def _generate(self, ident: str, order: dict[str, Any], cancelled: threading.Event) -> None:
         if cancelled.is_set():
             return
-        listener = _Answer(self, ident)
+        listener = Answer(self, ident)
         try:
             model = self._ready_for_request()
             prompt, budget = order.get("prompt"), order["kl_budget"]
@@ -321,6 +327,8 @@ class Engine:
         model = self._model  # it may be let go at any time
         if model is None:
             return None
+        if self._unfit:
+            return REFIT_S
         return SETTLE_S if model.fitter.adopted is not None else model.doors.shuts_in_s()
 
     def _load_lots(self, lots: list[Lot], narrow: bool) -> None:
@@ -331,7 +339,7 @@ class Engine:
             return
         try:
             model.experts.load(lots, narrow)
-        except (CoeldError, OSError, MemoryError) as exc:
+        except FAILURES as exc:
             self._link.say("load_failed", lots=named, why=str(exc) or type(exc).__name__)
             return
         model.board.nudge()
@@ -348,12 +356,18 @@ class Engine:
     def _refit(self) -> None:
         """Have the next graphs adopted that are out of line, once the last ones are settled."""
         model = self._model
-        while model is not None and model is self._model and model.fitter.settle():
-            change = model.fitter.prepare()
-            if change is None:
-                return
-            model.fitter.adopt(change)
-            model.board.nudge()
+        try:
+            while model is not None and model is self._model and model.fitter.settle():
+                change = model.fitter.prepare()
+                if change is None:
+                    break
+                model.fitter.adopt(change)
+                model.board.nudge()
+            self._unfit = ""
+        except FAILURES as exc:
+            before, self._unfit = self._unfit, str(exc) or type(exc).__name__
+            if self._unfit != before:
+                self._link.say("load_failed", lots=[], why=self._unfit)
 
     # Any thread
 
@@ -427,57 +441,6 @@ class Engine:
             "token_us": round(model.decoder.costs.token_s * 1e6) if model else 0,
             "costs": costs_to_json(model.decoder.costs.fitted()) if model else [],
         }
-
-
-class _Answer:
-    """Turns one request's tokens into text for the agent."""
-
-    stream: Stream
-
-    def __init__(self, engine: Engine, ident: str) -> None:
-        self._engine = engine
-        self._ident = ident
-        self._narrow = 0
-
-    def token(self, token: int) -> bool:
-        self._engine.usage.tokens += 1
-        self._narrow = max(self._narrow, self._engine.narrow)
-        text, stopped = self.stream.push(token)
-        if text:
-            self._engine.said(self._ident, text)
-        return stopped
-
-    def done(self, request: Request, reason: FinishReason) -> None:
-        rest = self.stream.flush()
-        if rest:
-            self._engine.said(self._ident, rest)
-        self._engine.ended(
-            self._ident,
-            "done",
-            finish_reason=reason,
-            prompt_tokens=len(request.prompt),
-            completion_tokens=request.generated,
-            prefill_s=round(request.prefill_s, 6),
-            decode_s=round(request.decode_s, 6),
-            prefill_split=request.prefill_split.to_json(),
-            decode_split=request.split.to_json(),
-            stalls=[round(stall_s, 3) for stall_s in request.stalls_s],
-            wire={
-                "kl_budget": request.quality.kl_budget,
-                "kl_estimate": round(request.quality.kl_estimate, 6),
-                "rows_bytes": request.quality.rows_bytes,
-                "float32_bytes": request.quality.float32_bytes,
-                "pruned_pairs": request.quality.pruned_pairs,
-            },
-            narrow={
-                "experts": max(self._narrow, self._engine.narrow),
-                "of": self._engine.experts,
-                "bits": NARROW_BITS,
-            },
-        )
-
-    def failed(self, request: Request, error: CoeldError) -> None:
-        self._engine.ended(self._ident, "error", **error_to_json(error))
 
 
 def _lots(values: list[Any]) -> list[Lot]:

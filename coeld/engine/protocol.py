@@ -25,7 +25,7 @@ Engine to agent (`ev`):
     opened      {model: name, context_tokens, trunk_bytes, hash}
     failed      {model, type, message}                        could not open it
     loaded      {lots}          dropped {lots}
-    load_failed {lots, why}
+    load_failed {lots, why}     no lots: graphs could not be built, and the present ones go on
     token       {id, text}                                    text may hold several tokens or ""
     done        {id, finish_reason: "stop"|"length", prompt_tokens, completion_tokens,
                  prefill_s, decode_s, stalls, prefill_split, decode_split, wire, narrow}
@@ -124,9 +124,10 @@ def decode(line: bytes) -> dict[str, Any]:
     return value
 
 
-def error_to_json(exc: CoeldError) -> dict[str, Any]:
+def error_to_json(exc: Exception) -> dict[str, Any]:
     """`type`, `message` and what else the error carries."""
-    value: dict[str, Any] = {"type": type(exc).__name__, "message": str(exc)}
+    name = type(exc).__name__
+    value: dict[str, Any] = {"type": name, "message": str(exc) or name}
     for extra in ("param", "code", "missing_bytes"):
         if getattr(exc, extra, None) is not None:
             value[extra] = getattr(exc, extra)

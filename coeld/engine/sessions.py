@@ -2,16 +2,19 @@
 
 Mapped weights are handed over where they lie, what only repacking kernels read without even the
 copy that ONNX Runtime makes of other tensors first. What has to be joined by a copy reaches it
-as external data in a file in memory (tmpfs), which it maps, repacks and lets go; the file's name
-is removed as soon as the session exists.
+as external data in files in memory (tmpfs), a file for each tensor: it maps them, and lets go of
+those that it repacks. Their names are removed as soon as the session exists, so what is repacked
+is not in memory twice, and what is not, scales above all, stays as long as the session.
 """
 
 import ctypes
+import errno
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +24,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from coeld.engine.graph import Graph
 from coeld.engine.weights import Mapped, Stored, Weight, giving_back
+from coeld.errors import DiskFull
 
 INLINE_BYTES_MAX: Final = 1024
 """Smaller initialisers travel inside the graph: external data must be worth a mapping."""
@@ -42,6 +46,10 @@ REST_S: Final = 0.05
 """Between two sessions that are freed while answers stream: more than a token takes."""
 REPACKING: Final = ("MatMulNBits", "QMoE")
 """Kernels that read a weight once, to repack it. No optimiser of graphs looks at their weights."""
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNREAD: Final = "mapped"
+"""An empty file that stands for tensors handed over in memory."""
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 OPSETS: Final = (helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1))
@@ -76,15 +84,17 @@ def use_threads(count: int) -> None:
 def sweep_files(*, own: bool = False) -> None:
     """Remove what engines that were killed while loading left behind; with `own`, as the last
     thing that this one does, also what its own loader is just making."""
-    for path in _memory_dir().glob("coeld-weights-*"):
+    for path in (found for place in _places() for found in place.glob("coeld-weights-*")):
         pid = path.name.split("-")[2]
         stale = not Path(f"/proc/{pid}").exists()
         if stale or (own and pid == str(os.getpid())):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another user's, or just removed
+                gone = path.rename(f"{path}.gone")  # nothing more can be put into it
+                shutil.rmtree(gone)
 
 
 def make_session(graph: Graph) -> Session:
-    """Compile a graph. Raises OSError when its weights cannot be mapped."""
+    """Compile a graph. Raises OSError when its weights cannot be mapped; DiskFull."""
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.log_severity_level = 3
@@ -97,13 +107,13 @@ def make_session(graph: Graph) -> Session:
             mapped[name] = whole
         else:
             copied[name] = weight
-    with _packed(copied) as (file, initialisers):
+    with _files(copied) as (folder, initialisers):
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(file.parent)
+            "session.model_external_initializers_file_folder_path", str(folder)
         )
         values = {name: ort.OrtValue.ortvalue_from_numpy(w.array) for name, w in mapped.items()}
-        for name, whole in mapped.items():  # the file has to exist; it is not looked into
-            initialisers.append(_external(name, whole.array, file.name, 0))
+        for name, whole in mapped.items():
+            initialisers.append(_external(name, whole.array, UNREAD))
         repacked = values.keys() & _repacked(graph)
         for name in repacked:
             options.add_initializer(name, values[name])
@@ -147,39 +157,68 @@ def give_memory_back() -> None:
 
 
 @contextmanager
-def _packed(weights: Mapping[str, Weight]) -> Iterator[tuple[Path, list[TensorProto]]]:
-    """Write the large weights one after the other into a file in memory, aligned to 64 bytes."""
-    folder = _memory_dir()
-    handle, name = tempfile.mkstemp(prefix=f"coeld-weights-{os.getpid()}-", dir=folder)
-    path = Path(name)
+def _files(weights: Mapping[str, Weight]) -> Iterator[tuple[Path, list[TensorProto]]]:
+    """A folder with a file for each large weight, while the body runs; small ones are inline.
+
+    Raises DiskFull when there is room for them nowhere.
+    """
+    folder, tensors = _written(weights)
     try:
-        tensors = []
-        with open(handle, "wb") as file:  # noqa: PTH123 - a descriptor, not a path
-            for tensor, weight in weights.items():
-                array = weight.copy()
-                if array.nbytes <= INLINE_BYTES_MAX:
-                    tensors.append(numpy_helper.from_array(array, tensor))
-                    continue
-                file.write(bytes(-file.tell() % 64))
-                tensors.append(_external(tensor, array, path.name, file.tell()))
-                file.write(array.data)
-        yield path, tensors
+        yield folder, tensors
     finally:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _external(name: str, array: NDArray[Any], file: str, offset: int) -> TensorProto:
+def _written(weights: Mapping[str, Weight]) -> tuple[Path, list[TensorProto]]:
+    places = _places()
+    for place in places:
+        try:
+            return _written_to(place, weights)
+        except OSError as exc:
+            if exc.errno not in FULL:
+                raise
+    raise DiskFull(
+        "weights cannot be put together, for there is not enough room in "
+        f"{' nor in '.join(map(str, places)) or 'any folder'}. Make one of them larger (/dev/shm "
+        "of a container: --shm-size=512m, say), or name a folder with more room in TMPDIR."
+    )
+
+
+def _written_to(place: Path, weights: Mapping[str, Weight]) -> tuple[Path, list[TensorProto]]:
+    folder = Path(tempfile.mkdtemp(prefix=f"coeld-weights-{os.getpid()}-", dir=place))
+    try:
+        (folder / UNREAD).touch()
+        parts = enumerate(weights.items())
+        return folder, [_tensor(name, w.copy(), folder / str(i)) for i, (name, w) in parts]
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _tensor(name: str, array: NDArray[Any], path: Path) -> TensorProto:
+    if array.nbytes <= INLINE_BYTES_MAX:
+        return numpy_helper.from_array(array, name)
+    with path.open("xb") as file:
+        file.write(array.data)
+    return _external(name, array, path.name)
+
+
+def _external(name: str, array: NDArray[Any], file: str) -> TensorProto:
     tensor = TensorProto(
         name=name,
         data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
         dims=array.shape,
         data_location=TensorProto.EXTERNAL,
     )
-    for key, value in (("location", file), ("offset", offset), ("length", array.nbytes)):
+    for key, value in (("location", file), ("offset", 0), ("length", array.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
 
-def _memory_dir() -> Path:
+def _places() -> list[Path]:
+    """Where files may be put, in memory first: Docker gives /dev/shm no more than 64 MB."""
     shm = Path("/dev/shm")
-    return shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+    places = [shm] if os.access(shm, os.W_OK) else []
+    with suppress(FileNotFoundError):  # there is none that can be written to
+        places.append(Path(tempfile.gettempdir()))
+    return places

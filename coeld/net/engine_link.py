@@ -334,6 +334,8 @@ class EngineLink:
                 self._emit(LotsLoaded(_lots(event)))
             case "dropped":
                 self._emit(LotsDropped(_lots(event)))
+            case "load_failed" if not event["lots"]:
+                log.warning("graphs cannot be built, the present ones go on: %s", event["why"])
             case "load_failed":
                 self._emit(LoadFailed(_lots(event), str(event["why"])))
             case "call_failed":

@@ -1,14 +1,17 @@
 """The engine as a real process, with the test in the agent's place."""
 
 import os
+import resource
 import socket
 import subprocess
+import tempfile
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from coeld.engine.kernels import Kernels
+from coeld.routes import RouteTable
 from tests.harness.engine import NODE, Engine, swarm_of
 
 
@@ -153,8 +156,42 @@ def test_files_of_a_killed_engine_are_swept(tiny_store) -> None:
     stale = Path("/dev/shm") / "coeld-weights-999999999-x"
     if not os.access(stale.parent, os.W_OK):
         pytest.skip("no /dev/shm here")
-    stale.touch()
+    stale.mkdir()
+    (stale / "0").touch()
     agent = Engine(tiny_store.root)
     agent.hear("ready")
     agent.close()
     assert not stale.exists()
+
+
+def limit_files(agent: Engine, bytes_max: int) -> None:
+    """As if every disk were full."""
+    _now, most = resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(agent.process.pid, resource.RLIMIT_FSIZE, (bytes_max, most))
+
+
+def test_a_model_that_finds_no_room_in_memory_is_not_opened_and_says_where(agent, tiny) -> None:
+    limit_files(agent, 1024)
+    agent.say("open", model="tiny", hash="")
+    failed = agent.hear("opened", "failed")
+    assert (failed["ev"], failed["type"]) == ("failed", "DiskFull")
+    assert tempfile.gettempdir() in failed["message"]
+    limit_files(agent, resource.RLIM_INFINITY)
+    open_all(agent, tiny)
+
+
+def test_where_new_graphs_find_no_room_the_present_ones_answer_on(agent, tiny) -> None:
+    open_all(agent, tiny)
+    agent.stats_when(lambda stats: stats["steps"] == "1 graph, 0 cuts")
+    limit_files(agent, 1024)
+    here = ("127.0.0.1", agent.ready["data_port"])
+    owners = dict.fromkeys(tiny.demand().lots(), (NODE,))
+    table = RouteTable(tiny.hash, 1, owners, {NODE: here, "b" * 16: ("127.0.0.1", 1)})
+    agent.say("routes", table=table.to_json())
+    failed = agent.hear("load_failed")
+    assert failed["lots"] == []
+    assert tempfile.gettempdir() in failed["why"]
+    assert agent.answer("one")[1]["ev"] == "done"
+    limit_files(agent, resource.RLIM_INFINITY)
+    agent.say("routes", table=table.to_json())
+    assert "3 cuts" in agent.stats_when(lambda stats: "3 cuts" in stats["steps"])["steps"]
