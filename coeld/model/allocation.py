@@ -48,6 +48,7 @@ class Allocation:
         self._statistics, self._columns = statistics, blueprint.shape.experts
         self._rest = trunk_bytes(blueprint, trunk_bits)
         self._sizes = {bits: expert_bytes(blueprint, bits) for bits in widths}
+        self.widths = tuple(widths)
 
     def fit(self, budget_bytes: int) -> Plan:
         """The least expected error within a budget. Raises BudgetTooSmall."""

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coeld.compression.quantize import quantize
-from coeld.errors import ModelError
+from coeld.errors import ModelError, UnsupportedModel
 from coeld.model import onnx_blobs
 from coeld.model.calibration import Calibration, calibration_tokens, neurons
 from coeld.model.checkpoint import Checkpoint
@@ -52,6 +52,8 @@ FRAMING_BYTES: Final = 8 << 10
 """More than what ONNX adds around the weights of a blob, without the padding to pages."""
 EXPERT_BITS: Final = (2, 3, 4, 8, FLOAT_BITS)
 TRUNK_BITS: Final = (4, 8, FLOAT_BITS)
+BLOCK_OF_3_BITS: Final = 32
+"""At least, for the kernel."""
 
 Floats = NDArray[np.float32]
 Weights = dict[str, NDArray[Any]]
@@ -94,6 +96,11 @@ class Precision:
                     f"{bits} bits for {what}: use one of {', '.join(map(str, known))}."
                 )
         return found
+
+
+def widths(block: int) -> tuple[int, ...]:
+    """The bits that experts may have whose weights lie in blocks of that many."""
+    return tuple(bits for bits in EXPERT_BITS if bits != 3 or block >= BLOCK_OF_3_BITS)
 
 
 def import_checkpoint(
@@ -153,6 +160,12 @@ class _Import:
         self._shape = self._blueprint.shape
         self._vocabulary = checkpoint.vocabulary(self._shape.vocab)
         self._bits, self._trunk_bits = precision.table(self._shape), precision.trunk_bits
+        if 3 in {bits for row in self._bits for bits in row} - set(widths(self._blueprint.block)):
+            raise UnsupportedModel(
+                f"experts of 3 bits need blocks of {BLOCK_OF_3_BITS} weights at least, and the "
+                f"widths of this model are multiples of {self._blueprint.block} only: add it with "
+                "--bits 8, 4 or 2."
+            )
         self._statistics = precision.statistics
         self._calibration = self._calibrate()
         self._done = 0

@@ -82,7 +82,7 @@ def choose(
 ) -> "Precision":
     """The widths to import with, of arguments that were checked. Raises BadRequest, BudgetTooSmall,
     and what reading raises."""
-    from coeld.model.importer import Precision
+    from coeld.model.importer import Precision, widths
 
     trunk_bits = args.trunk_bits or BITS
     if args.budget is None:
@@ -100,7 +100,8 @@ def choose(
         )
     tokens = sample(vocabulary.json, _read(args.calibrate))
     statistics = measure(plan, tokens, args.calibrate.name, _in_bytes(progress, checkpoint.bytes))
-    allocation = Allocation(plan, trunk_bits, statistics, WIDTHS)
+    possible = [bits for bits in WIDTHS if bits in widths(plan.block)]
+    allocation = Allocation(plan, trunk_bits, statistics, possible)
     chosen = allocation.fit(args.budget)
     if args.report is not None:
         path = args.report if args.report.name else Path(f"{name}.svg")
@@ -128,7 +129,8 @@ def _report(allocation: "Allocation", chosen: "Plan", name: str, path: Path) -> 
 
     from coeld.ui.precision_picture import draw
 
-    uniform = {f"uniform {bits} bits": allocation.uniform(bits) for bits in UNIFORM}
+    possible = [bits for bits in UNIFORM if bits in allocation.widths]
+    uniform = {f"uniform {bits} bits": allocation.uniform(bits) for bits in possible}
     same = {
         f"mixed, as large as {label}": allocation.fit(plan.bytes)
         for label, plan in uniform.items()

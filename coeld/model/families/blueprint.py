@@ -30,6 +30,8 @@ SLICES_WANTED: Final = 8
 """Neuron slices per dense feed-forward block: eight let up to eight devices share a layer."""
 BLOCKS_WANTED: Final = (128, 64, 32, 16)
 """Weights that share one scale in layers: the largest that divides all widths."""
+HEAD_DIM_STEP: Final = 16
+"""Of the attention kernel."""
 IGNORED: Final = (".rotary_emb.inv_freq", ".attn_rot_embd")
 """Ends of tensors that old files hold and that follow from the configuration."""
 
@@ -210,10 +212,10 @@ def _shape(settings: Settings, family: Family, traits: Traits) -> Shape:
             settings.refuse(name, settings.value("", name))
     if traits.top_k > traits.experts:
         settings.bad("num_experts_per_tok", "expert_used_count", traits.top_k)
-    if heads % kv_heads or head_dim % 8:
+    if heads % kv_heads or head_dim % HEAD_DIM_STEP:
         raise UnsupportedModel(
-            f"{heads} heads over {kv_heads} key-value heads of {head_dim}: coeld needs a whole "
-            "number of heads for each, and a multiple of 8."
+            f"{heads} heads of {head_dim} values over {kv_heads} key-value heads: coeld needs a "
+            f"whole number of heads for each, and a multiple of {HEAD_DIM_STEP} values per head."
         )
     name = "token_embd.weight" if settings.gguf else "model.embed_tokens.weight"
     vocab = settings.checkpoint.shape(name)[0] if settings.has(name) else 0

@@ -351,6 +351,12 @@ def test_widths_that_fit_no_block_are_unsupported() -> None:
         blueprint(huggingface("llama", intermediate_size=40))
 
 
+@pytest.mark.parametrize("size", [24, 40, 120])
+def test_heads_that_the_attention_kernel_refuses_are_unsupported(size: int) -> None:
+    with pytest.raises(UnsupportedModel, match="multiple of 16 values per head"):
+        blueprint(huggingface("llama", head_dim=size))
+
+
 def test_an_embedding_written_twice_is_still_tied() -> None:
     checkpoint = huggingface("llama")
     checkpoint.tensors["lm_head.weight"] = checkpoint.tensors["model.embed_tokens.weight"]

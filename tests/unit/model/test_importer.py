@@ -23,6 +23,7 @@ from coeld.model.manifest import Manifest, expert_matrices, matrix_form
 from coeld.model.store import Store
 from tests.fakes.memory_checkpoint import ARCHITECTURES, huggingface
 from tests.harness.importing import import_file, quiet
+from tests.harness.tiny_checkpoints import FAMILIES, write_folder
 from tests.reference import gguf_numpy
 from tests.reference.tiny_gguf import write_tiny_llama
 
@@ -45,6 +46,18 @@ def vocabulary(views: dict[str, np.ndarray], name: str) -> np.ndarray:
 
 def files_in(store: Store) -> set[str]:
     return {str(path.relative_to(store.root)) for path in store.root.rglob("*") if path.is_file()}
+
+
+def test_three_bits_in_blocks_that_the_kernel_refuses_are_unsupported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES["mixtral"].config, "intermediate_size", 48)  # blocks of 16
+    write_folder(tmp_path / "moe", "mixtral")
+    store = Store(tmp_path / "store")
+    with pytest.raises(UnsupportedModel, match="--bits 8, 4 or 2"):
+        import_file(store, tmp_path / "moe", "moe", precision=Precision(3))
+    assert store.names() == []
+    import_file(store, tmp_path / "moe", "moe", precision=Precision(2))
 
 
 def test_each_expert_holds_its_neurons_of_the_feed_forward_block(

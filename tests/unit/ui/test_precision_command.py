@@ -16,6 +16,7 @@ from coeld.model.store import Store
 from coeld.ui import model_command
 from coeld.ui.precision_command import size
 from coeld.ui.precision_picture import draw
+from tests.harness.tiny_checkpoints import FAMILIES, write_folder
 
 WORDS = "The rain in the town ran all the day and then it ended. " * 40
 
@@ -85,6 +86,25 @@ def test_a_budget_that_cannot_work_says_the_smallest_that_can(
     smallest = str(failure.value.smallest_bytes)
     assert run("add", str(tiny_gguf), "--budget", smallest, "--calibrate", "text.txt") == 0
     assert store.names() == ["tiny"]
+
+
+def test_a_budget_chooses_no_width_that_no_kernel_runs(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """3 bits in blocks of 16."""
+    monkeypatch.setitem(FAMILIES["mixtral"].config, "intermediate_size", 48)
+    write_folder(tmp_path / "moe", "mixtral")
+    given = ("--budget", "600kB", "--calibrate", "text.txt", "--report")
+    assert run("add", str(tmp_path / "moe"), *given) == 0
+    assert "uniform 3 bits" not in capsys.readouterr().out
+    manifest = store.manifest("moe")
+    fc1 = expert_matrices(manifest.shape)[0]
+    found = {matrix_form(ref, *fc1).bits for layer in manifest.experts for ref in layer}
+    assert len(found) > 1
+    assert 3 not in found
 
 
 @pytest.mark.parametrize("words", [["--budget", "1MB"], ["--calibrate", "text.txt"], ["--report"]])
