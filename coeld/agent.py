@@ -322,6 +322,7 @@ class Agent:
                 "pid": self._engine.pid,
                 "model": self._engine.model.name if self._engine.model else None,
                 "trouble": self._engine.trouble,
+                "load_trouble": self._node.migration.trouble(self._clock()),
                 "restarts": self._engine.restarts,
                 "context_tokens": self._engine.context_tokens,
                 "kernels": self._engine.kernels.table() if self._engine.kernels else {},

@@ -476,7 +476,7 @@ class Node:
     def _load_failed(self, lots: tuple[Lot, ...], why: str, now: float) -> None:
         known = [lot for lot in lots if self.migration.state(lot) in READ]
         self.stale_reports += len(lots) - len(known)
-        wait_s = self.migration.failed(known, now)
+        wait_s = self.migration.failed(known, now, why)
         self._bid_wanted = True
         self._touch()
         if known:

@@ -20,13 +20,21 @@ from coeld.engine.graphs import expert_graph
 from coeld.engine.narrow import NarrowBlobs
 from coeld.engine.sessions import Session, let_go, make_session
 from coeld.engine.side_by_side import never, side_by_side
-from coeld.errors import PeerRefused
+from coeld.errors import BadChecksum, PeerRefused
 from coeld.ids import Lot
-from coeld.model.manifest import Manifest, tensor_bytes
+from coeld.model.manifest import BlobRef, Manifest, tensor_bytes
 from coeld.model.narrow import narrow_ref, narrowed
 from coeld.model.store import Store
 
 NONE: Final = Held()
+
+
+class LotsDamaged(BadChecksum):
+    """Blobs of these lots are missing or damaged. The others that were asked for are loaded."""
+
+    def __init__(self, message: str, lots: frozenset[Lot]) -> None:
+        super().__init__(message)
+        self.lots = lots
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,27 +89,35 @@ class ExpertSet:
     def load(self, lots: Iterable[Lot], narrow: bool = False) -> None:
         """Read these lots from the store, to hold them as they are stored, or `narrow`.
 
-        One that is here in the other form changes it, and answers meanwhile. Raises ModelError if a
-        blob is missing or damaged.
+        One that is here in the other form changes it, and answers meanwhile. Raises LotsDamaged
+        once all that are sound are here, if others are not.
         """
         with self._change:
             there = self._held & self._narrow if narrow else self.fusible
             added = frozenset(lots) - there
-            held = self._held | added
-            narrow_lots = self._narrow | added if narrow else self._narrow - added
+            bad: dict[Lot, BlobRef] = {}
 
             def check(layer: int) -> None:
-                self._verify([layer], added)
+                bad.update(self._damaged(layer, added))
+
+            def then() -> tuple[frozenset[Lot], frozenset[Lot]]:
+                """What is held, and of that narrow, when the sound ones are here."""
+                good = added.difference(bad)
+                return self._held | good, self._narrow | good if narrow else self._narrow - good
 
             def built(layer: int) -> Resident | None:
-                return None if layer in self._fused else self._built(layer, held, narrow_lots)
+                sound = any(lot.layer == layer and lot not in bad for lot in added)
+                return self._built(layer, *then()) if sound and layer not in self._fused else None
 
             layers = sorted({lot.layer for lot in added})
             residents = side_by_side(check, built, layers, self._gently)
             for layer, resident in zip(layers, residents, strict=True):
                 if resident is not None:
                     self._swap(layer, resident)
-            self._held, self._narrow = held, narrow_lots
+            self._held, self._narrow = then()
+            if bad:
+                complaint = self._store.complaint(list(bad.values()))
+                raise LotsDamaged(complaint, frozenset(bad))
 
     def drop(self, lots: Iterable[Lot]) -> None:
         """Let go of these lots; a run that has begun finishes."""
@@ -123,7 +139,7 @@ class ExpertSet:
 
     def verify_layers(self, layers: Iterable[int]) -> None:
         """Read the layers' held blobs. Raises BadChecksum if one is missing or damaged."""
-        self._verify(layers, self._held)
+        self._store.verify(self._refs(layers, self._held).values())
 
     def fuse(self, layers: Collection[int]) -> None:
         """Give up the sessions of these layers: the spans contain their experts now."""
@@ -163,10 +179,18 @@ class ExpertSet:
         result: NDArray[np.float32] = resident.session.ort.run(("y",), {"x": x, "gates": gates})[0]
         return result
 
-    def _verify(self, layers: Iterable[int], lots: frozenset[Lot]) -> None:
-        some = frozenset(layers)
+    def _damaged(self, layer: int, lots: frozenset[Lot]) -> dict[Lot, BlobRef]:
+        """Lots of the layer that cannot be loaded. If one of them is here in its other form, that
+        is all of them: without its blob no session for the layer can be built."""
+        refs = self._refs([layer], lots)
+        names = {ref.sha256 for ref in self._store.damaged(refs.values())}
+        bad = {lot: ref for lot, ref in refs.items() if ref.sha256 in names}
+        return refs if self._held.intersection(bad) else bad
+
+    def _refs(self, layers: Iterable[int], lots: frozenset[Lot]) -> dict[Lot, BlobRef]:
+        some, experts = frozenset(layers), self._manifest.experts
         chosen = sorted(lot for lot in lots if lot.layer in some)
-        self._store.verify([self._manifest.experts[lot.layer][lot.expert] for lot in chosen])
+        return {lot: experts[lot.layer][lot.expert] for lot in chosen}
 
     def _built(self, layer: int, held: frozenset[Lot], narrow: frozenset[Lot]) -> Resident | None:
         """The layer with its held experts, None if there are none."""

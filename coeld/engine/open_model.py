@@ -51,8 +51,8 @@ class OpenModel:
         self.manifest = manifest
         self.me = me
         self.context_tokens = min(context_tokens, manifest.shape.context_max)
+        store.verify(manifest.trunk_blobs() + manifest.text_blobs())
         self.text = Text(manifest, store)
-        store.verify(manifest.trunk_blobs())
         self.board = RouteBoard()
         self.experts = ExpertSet(manifest, store, self.is_answering)
         self.trunk = Trunk(manifest, store, self.context_tokens, self.is_answering)

@@ -26,6 +26,7 @@ from coeld.datapath.request import Request
 from coeld.datapath.sampling import Sampling
 from coeld.engine.answer import Answer
 from coeld.engine.calibrate import calibrate
+from coeld.engine.experts import LotsDamaged
 from coeld.engine.link import Link
 from coeld.engine.measure import resident_bytes
 from coeld.engine.open_model import OpenModel
@@ -184,7 +185,8 @@ class Engine:
                 self._say_opened(self._model)  # asked twice, since it took long
                 return
             if self._model is not None:
-                self._store.verify(manifest.trunk_blobs())  # else there would be none
+                needed = manifest.trunk_blobs() + manifest.text_blobs()
+                self._store.verify(needed)  # else there would be none
                 self._let_go()
             introduction = Introduction(options.swarm, manifest.hash, options.node)
             deadline_s = options.call_deadline_ms / 1000
@@ -332,24 +334,29 @@ class Engine:
         return SETTLE_S if model.fitter.adopted is not None else model.doors.shuts_in_s()
 
     def _load_lots(self, lots: list[Lot], narrow: bool) -> None:
-        named = [list(lot) for lot in lots]
-        model = self._model
-        if model is None:
-            self._link.say("load_failed", lots=named, why="no model is open")
-            return
+        model, bad, why = self._model, frozenset(lots), "no model is open"
         try:
-            model.experts.load(lots, narrow)
+            if model is not None:
+                model.experts.load(lots, narrow)
+                bad = frozenset()
+        except LotsDamaged as exc:
+            bad, why = exc.lots, str(exc)
         except FAILURES as exc:
-            self._link.say("load_failed", lots=named, why=str(exc) or type(exc).__name__)
-            return
-        model.board.nudge()
-        self._link.say("loaded", lots=named)
-        self._refit()
+            why = str(exc) or type(exc).__name__
+        if bad:
+            self._link.say("load_failed", lots=[lot for lot in lots if lot in bad], why=why)
+        if model is not None and (good := [lot for lot in lots if lot not in bad]):
+            model.board.nudge()
+            self._link.say("loaded", lots=good)
+            self._refit()
 
     def _drop_lots(self, lots: list[Lot]) -> None:
         model = self._model
-        if model is not None:
-            model.experts.drop(lots)
+        try:
+            if model is not None:
+                model.experts.drop(lots)
+        except FAILURES as exc:  # what stays needs graphs of its own; until then the old ones do
+            self._link.say("load_failed", lots=[], why=str(exc) or type(exc).__name__)
         self._link.say("dropped", lots=[list(lot) for lot in lots])
         self._refit()
 

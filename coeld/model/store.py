@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -168,12 +168,27 @@ class Store:
             return False
 
     def verify(self, refs: Iterable[BlobRef]) -> None:
-        """Read blobs and compare their sha256. Raises BadChecksum when one is missing or altered.
+        """Raises BadChecksum when one of these blobs is `damaged`."""
+        if found := self.damaged(refs):
+            raise BadChecksum(self.complaint(found))
+
+    def complaint(self, refs: Sequence[BlobRef]) -> str:
+        """What to tell people about damaged blobs."""
+        more = f" and {len(refs) - 1} more" if len(refs) > 1 else ""
+        return (
+            f"blob {self.blob_path(refs[0])}{more} is missing or damaged. It is fetched from "
+            "another device that has it. If there is none, remove the model it belongs to and add "
+            "it again: coeld model rm, coeld model add."
+        )
+
+    def damaged(self, refs: Iterable[BlobRef]) -> list[BlobRef]:
+        """Read blobs and compare their sha256: those that are missing or altered. The latter are
+        removed, so that they are fetched or imported again.
 
         Memory cards rot, and nothing that is not what was imported may compute an answer. The
         disk is asked for the next blobs while one is hashed.
         """
-        refs = list(refs)
+        refs, found = list(refs), []
         asked, ahead_bytes = 0, 0
         for ref in refs:
             while asked < len(refs) and ahead_bytes < READ_AHEAD_BYTES:
@@ -181,13 +196,24 @@ class Store:
                 ahead_bytes += refs[asked].bytes
                 asked += 1
             ahead_bytes -= ref.bytes
-            path = self.blob_path(ref)
-            if not self.has(ref) or file_sha256(path) != ref.sha256:
-                state = "is damaged" if path.exists() else "is missing"
-                raise BadChecksum(
-                    f"blob {path} {state}. Remove the model it belongs to and add it again: "
-                    "coeld model rm, coeld model add."
-                )
+            if not self._is_sound(ref):
+                found.append(ref)
+                self._remove_damaged(ref)
+        return found
+
+    def _is_sound(self, ref: BlobRef) -> bool:
+        try:
+            return self.has(ref) and file_sha256(self.blob_path(ref)) == ref.sha256
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.EIO):
+                raise
+            return False
+
+    def _remove_damaged(self, ref: BlobRef) -> None:
+        """Unless somebody is changing the store, or this process may not."""
+        with suppress(ModelError, OSError), self.lock():
+            if not self._is_sound(ref):  # or it has come again meanwhile
+                self.blob_path(ref).unlink(missing_ok=True)
 
     def tensors(self, ref: BlobRef) -> "dict[str, np.ndarray]":
         """Read-only views of a blob's weights, in place in the page cache. Raises BadChecksum."""
@@ -257,12 +283,13 @@ class Store:
             )
 
     def put(self, *pieces: bytes | memoryview) -> str:
-        """Store a blob, given in pieces; returns its sha256. Raises DiskFull."""
+        """Store a blob, given in pieces; returns its sha256. One that is here is read, and written
+        again when it is damaged. Raises DiskFull."""
         digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
         path = self._blobs / digest.hexdigest()
-        if not path.exists() or path.stat().st_size != sum(map(len, pieces)):
+        if not self._is_sound(BlobRef(path.name, sum(map(len, pieces)), {})):
             self._write(path, pieces, 0o444)
         return path.name
 

@@ -294,7 +294,8 @@ async def fetch(
         reasons = "; ".join(work.reasons.values()) or "no device is known that has them"
         raise FetchFailed(
             f"{len(missing)} of {len(wanted)} blobs could not be fetched ({reasons}). What has "
-            "arrived is kept; it is tried again when a device that has them is there."
+            "arrived is kept; it is tried again when a device that has them is there. If there is "
+            "none any more, remove the model and add it again: coeld model rm, coeld model add."
         )
 
 

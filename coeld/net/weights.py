@@ -37,7 +37,7 @@ LOOK_S: Final = 1.0
 RESERVE_BYTES: Final = 64 << 20
 """What a fetch leaves free on the disk."""
 COLLECT_S: Final = 10.0
-"""Between looks whether the store takes more than it may."""
+"""Between looks whether the store takes more than it may, or lacks what opening a model takes."""
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Weights:
         """What nobody waits for and is not here, in this device's own order."""
         self._lots: dict[str, list[Lot]] = {}
         """By sha256: the lots of the open model whose weights a blob has."""
-        self._collect_at = float("-inf")
+        self._collect_at = self._mend_at = float("-inf")
         self._other_names: set[ModelHash] = set()
         """Models of the swarm that are not the one this device is to serve."""
         self._complaint = ""
@@ -128,8 +128,8 @@ class Weights:
             if self._orders and opened:
                 await self._next_order(opened)
                 continue
-            if opened is None and self._nothing_installed():
-                await self._find_model()
+            if opened is None:
+                await (self._find_model() if self._nothing_installed() else self._mend())
             elif opened and (
                 self._collect(opened)
                 or await self._upgrade.advance(opened)
@@ -304,9 +304,7 @@ class Weights:
             try:
                 await self._take(model)
             except (CoeldError, OSError) as exc:
-                if str(exc) != self._complaint:
-                    self._complaint = str(exc)
-                    log.warning("the swarm's model cannot be fetched yet: %s", exc)
+                self._complain("the swarm's model cannot be fetched yet", exc)
             return
 
     async def _take(self, model: ModelHash) -> None:
@@ -317,9 +315,32 @@ class Weights:
             raise FetchFailed(
                 f"the swarm has {manifest.name}, this device is to serve {self._wanted}"
             )
+        await self._bring_trunk(manifest)
+        with self._store.lock():
+            self._store.save(manifest, manifest.trunk_blobs() + manifest.text_blobs())
+        log.info("%s was fetched from the swarm", manifest.name)
+
+    async def _bring_trunk(self, manifest: Manifest) -> None:
         needed = manifest.trunk_blobs() + manifest.text_blobs()
         missing = [ref for ref in needed if not self._store.has(ref)]
-        await self.bring(missing, model, f"{manifest.name}: what every device needs")
-        with self._store.lock():
-            self._store.save(manifest, needed)
-        log.info("%s was fetched from the swarm", manifest.name)
+        await self.bring(missing, manifest.hash, f"{manifest.name}: what every device needs")
+
+    async def _mend(self) -> None:
+        """Fetch what the installed model cannot be opened without: the engine removes what is
+        damaged."""
+        now, names = asyncio.get_running_loop().time(), self._store.names()
+        name = self._wanted or (names[0] if len(names) == 1 else "")
+        if not name or now < self._mend_at:
+            return
+        self._mend_at = now + COLLECT_S
+        try:
+            for manifest in self._store.versions(name):
+                await self._bring_trunk(manifest)
+        except (CoeldError, OSError) as exc:
+            self._complain(f"parts of {name} cannot be fetched yet", exc)
+
+    def _complain(self, what: str, exc: Exception) -> None:
+        """Once."""
+        if str(exc) != self._complaint:
+            self._complaint = str(exc)
+            log.warning("%s: %s", what, exc)

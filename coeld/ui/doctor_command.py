@@ -64,6 +64,8 @@ def checks(arguments: argparse.Namespace) -> Iterator[Check]:
     yield Check("daemon", f"answers on {socket}")
     trouble = status["engine"]["trouble"]
     yield Check("engine", "not ready" if trouble else f"has {status['engine']['model']}", trouble)
+    if trouble := status["engine"]["load_trouble"]:
+        yield Check("experts", "some could not be loaded", trouble)
     yield from machine(status["sensors"])
     yield _swarm(status["node"])
 

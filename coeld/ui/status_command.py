@@ -55,6 +55,8 @@ def headline(status: dict[str, Any]) -> str:
         text += f"\n{routes['missing_bytes']:,} bytes of memory are missing in the swarm"
     if engine["trouble"]:
         text += f"\n{engine['trouble']}"
+    if engine["load_trouble"]:
+        text += f"\nthis device could not load all its experts: {engine['load_trouble']}"
     return text + rollout(status)
 
 

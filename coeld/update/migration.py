@@ -106,6 +106,7 @@ class Migration:
         self._waiting: set[Lot] = set()
         """Of these, what may go as soon as all who won it serve it, or its room is needed."""
         self._failures: dict[Lot, tuple[int, float]] = {}
+        self._why = ""
 
     def _in(self, state: LotState) -> list[Lot]:
         return [lot for lot, held in self._states.items() if held is state]
@@ -184,9 +185,13 @@ class Migration:
             if move is Move.LOADED:
                 self._failures.pop(lot, None)
 
-    def failed(self, lots: Iterable[Lot], now: float) -> float:
+    def trouble(self, now: float) -> str:
+        """Why the last lots failed that are not tried again yet; "" when there are none."""
+        return self._why if self.barred(now) else ""
+
+    def failed(self, lots: Iterable[Lot], now: float, why: str = "") -> float:
         """These lots did not load; returns the longest time until they are tried again."""
-        longest = 0.0
+        longest, self._why = 0.0, why
         for lot in lots:
             times = self._failures.get(lot, (0, 0.0))[0]
             wait_s = min(RETRY_MAX_S, RETRY_S * 2**times)

@@ -1,5 +1,6 @@
 """Experts held in fewer bits than they are stored in, made at load: what they compute."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,9 @@ import pytest
 
 from coeld.compression.quantize import dequantize
 from coeld.compression.requantize import requantize
-from coeld.engine.experts import ExpertSet
+from coeld.engine.experts import ExpertSet, LotsDamaged
 from coeld.engine.measure import ME, NoPeers, logits_of
 from coeld.engine.open_model import OpenModel
-from coeld.errors import BadChecksum
 from coeld.ids import Lot
 from coeld.model.importer import Precision
 from coeld.model.manifest import Manifest, tensor_bytes
@@ -116,18 +116,48 @@ def test_a_layer_of_two_widths_sums_the_same(models) -> None:
     assert mixed.bytes == 2 * demand_of(eight).lot_bytes
 
 
-def test_a_damaged_blob_is_not_narrowed(tiny, tiny_store, tmp_path) -> None:
-    store = Store(tmp_path)
-    with store.lock():
-        for ref in tiny.blobs():
-            store.put(tiny_store.blob_path(ref).read_bytes())
-    path = store.blob_path(tiny.experts[0][0])
+@pytest.fixture
+def rotten(tiny, tiny_store, tmp_path) -> Store:
+    """A store in which the first blob of layer 0 is damaged."""
+    shutil.copytree(tiny_store.root, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    rot(store, tiny)
+    return store
+
+
+def rot(store: Store, manifest: Manifest) -> None:
+    path = store.blob_path(manifest.experts[0][0])
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
-    experts = ExpertSet(tiny, store)
-    with pytest.raises(BadChecksum):
-        experts.load([Lot(0, 0)], narrow=True)
-    assert experts.lots == frozenset()
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_damaged_blob_costs_its_own_lot_only(tiny, rotten, narrow: bool) -> None:
+    experts, others = ExpertSet(tiny, rotten), {Lot(0, 1), Lot(1, 0)}
+    with pytest.raises(LotsDamaged, match="coeld model add") as found:
+        experts.load([Lot(0, 0), *others], narrow)
+    assert found.value.lots == {Lot(0, 0)}
+    assert experts.lots == others
+    assert experts.here(0).order == (1,)
+    assert not rotten.has(tiny.experts[0][0])
+
+
+def test_a_layer_whose_blob_is_damaged_answers_on_in_the_width_it_has(
+    tiny, tiny_store, rotten
+) -> None:
+    blob = tiny.experts[0][0]
+    rotten.damaged([blob])
+    with rotten.lock():
+        rotten.put(tiny_store.blob_path(blob).read_bytes())
+    experts, lots = ExpertSet(tiny, rotten), [Lot(0, 0), Lot(0, 1)]
+    experts.load(lots)
+    rot(rotten, tiny)
+    with pytest.raises(LotsDamaged) as found:
+        experts.load([*lots, Lot(1, 0)], narrow=True)
+    assert found.value.lots == set(lots)
+    assert experts.here(0).order == (0, 1)
+    assert experts.fusible == set(lots)
+    assert experts.lots == {*lots, Lot(1, 0)}
 
 
 def test_what_is_stored_in_few_bits_has_no_narrow_form(models) -> None:

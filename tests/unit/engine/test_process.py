@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coeld.engine.kernels import Kernels
+from coeld.model.store import Store
 from coeld.routes import RouteTable
 from tests.harness.engine import NODE, Engine, swarm_of
 
@@ -162,6 +164,54 @@ def test_files_of_a_killed_engine_are_swept(tiny_store) -> None:
     agent.hear("ready")
     agent.close()
     assert not stale.exists()
+
+
+@pytest.fixture
+def own_store(tiny_store, tmp_path) -> Store:
+    """A store that a test may change."""
+    shutil.copytree(tiny_store.root, tmp_path / "store")
+    return Store(tmp_path / "store")
+
+
+def test_of_many_lots_only_those_fail_whose_blobs_are_damaged(own_store, tiny) -> None:
+    path = own_store.blob_path(tiny.experts[1][2])
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    agent = Engine(own_store.root)
+    try:
+        agent.hear("ready")
+        agent.say("open", model="tiny", hash="")
+        agent.hear("opened")
+        agent.say("load", lots=tiny.demand().lots(), narrow=False)
+        failed, loaded = agent.hear("load_failed"), agent.hear("loaded")
+        assert failed["lots"] == [[1, 2]]
+        assert path.name in failed["why"]
+        assert len(loaded["lots"]) == 23
+        assert [1, 2] not in loaded["lots"]
+    finally:
+        agent.close()
+
+
+@pytest.mark.parametrize("part", ["head", "tokenizer"])
+def test_a_model_with_a_damaged_part_is_not_opened_until_it_is_whole(
+    own_store, tiny, part: str
+) -> None:
+    blob = getattr(tiny, part)
+    path = own_store.blob_path(blob)
+    whole = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(whole[:-2] + b" }")
+    agent = Engine(own_store.root)
+    try:
+        agent.hear("ready")
+        agent.say("open", model="tiny", hash="")
+        assert path.name in agent.hear("failed", "opened")["message"]
+        with own_store.lock():
+            own_store.put(whole)
+        agent.say("open", model="tiny", hash="")
+        assert agent.hear("failed", "opened")["ev"] == "opened"
+    finally:
+        agent.close()
 
 
 def limit_files(agent: Engine, bytes_max: int) -> None:

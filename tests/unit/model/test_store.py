@@ -86,6 +86,45 @@ def test_verify_names_the_damaged_blob(copy: Imported, damage: str) -> None:
         store.verify(manifest.blobs())
 
 
+def rot(store: Store, ref: BlobRef) -> Path:
+    """One bit of a blob turns over."""
+    path = store.blob_path(ref)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_damaged_blob_is_removed_so_that_it_can_come_again(copy: Imported) -> None:
+    store, manifest = copy
+    bad, good = manifest.experts[0][3], manifest.experts[0][4]
+    data = store.blob_path(bad).read_bytes()
+    rot(store, bad)
+    assert store.damaged([good, bad]) == [bad]
+    assert (store.has(good), store.has(bad)) == (True, False)
+    store.put(data)
+    store.verify(manifest.blobs())
+
+
+def test_no_blob_is_removed_from_a_store_that_another_process_changes(copy: Imported) -> None:
+    store, manifest = copy
+    rot(store, manifest.head)
+    with Store(store.root).lock():
+        assert store.damaged([manifest.head]) == [manifest.head]
+        assert store.has(manifest.head)
+    assert store.damaged([manifest.head]) == [manifest.head]
+    assert not store.has(manifest.head)
+
+
+def test_storing_a_blob_again_mends_it(copy: Imported) -> None:
+    store, manifest = copy
+    data = store.blob_path(manifest.head).read_bytes()
+    rot(store, manifest.head)
+    assert store.put(data) == manifest.head.sha256
+    store.verify([manifest.head])
+
+
 def test_removing_a_model_keeps_what_another_one_shares(copy: Imported) -> None:
     store, manifest = copy
     own = BlobRef(store.put(b"{{ messages }}"), 14, {})

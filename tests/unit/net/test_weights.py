@@ -117,6 +117,21 @@ def test_lots_that_were_won_are_fetched_before_they_are_loaded(tmp_path, tiny_st
     assert not device.store.has(tiny.experts[1][0])  # no room was to spare
 
 
+def test_what_a_model_cannot_be_opened_without_is_fetched_again(tmp_path, tiny_store, tiny) -> None:
+    device = Device(tmp_path)
+    with_trunk(device, tiny_store, tiny)
+    device.open = None  # for the engine found a damaged blob, and removed it
+    device.store.delete([tiny.trunk[1].sha256])
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: device.store.has(tiny.trunk[1]))
+
+    asyncio.run(main())
+    device.store.verify(tiny.trunk_blobs())
+
+
 def test_lots_that_nobody_has_have_failed(tmp_path, tiny_store, tiny) -> None:
     device = Device(tmp_path)
     with_trunk(device, tiny_store, tiny)
@@ -126,6 +141,7 @@ def test_lots_that_nobody_has_have_failed(tmp_path, tiny_store, tiny) -> None:
     assert isinstance(event, LoadFailed)
     assert event.lots == LOTS
     assert "no device is known" in event.why
+    assert "coeld model add" in event.why
     assert device.loaded == []
     device.weights.load(replace(tiny.demand(), name="gone"), LOTS)
     assert isinstance(device.events[-1], LoadFailed)

@@ -183,10 +183,20 @@ def swarm_status(devices: int) -> dict[str, Any]:
 def test_the_headline_says_how_many_experts_are_narrow() -> None:
     routes = {"covered": 240, "total": 240, "epoch": 9, "missing_bytes": 0, "narrow": 0}
     node = {"model": {"name": "m"}, "routes": routes, "members": []}
-    status = {"node": node, "engine": {"trouble": ""}}
+    status = {"node": node, "engine": {"trouble": "", "load_trouble": ""}}
     assert headline(status) == "m: 240 of 240 experts are served, epoch 9"
     routes["narrow"] = 24
     assert "24 of them are held in fewer bits than stored" in headline(status)
+
+
+def test_what_could_not_be_loaded_is_said_beside_what_is_missing() -> None:
+    routes = {"covered": 239, "total": 240, "epoch": 9, "missing_bytes": 7, "narrow": 0}
+    node = {"model": {"name": "m"}, "routes": routes, "members": []}
+    status = {"node": node, "engine": {"trouble": "", "load_trouble": "blob 7 is damaged."}}
+    assert headline(status).splitlines()[1:] == [
+        "7 bytes of memory are missing in the swarm",
+        "this device could not load all its experts: blob 7 is damaged.",
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 200])

@@ -129,11 +129,13 @@ def test_failed_lots_are_tried_again_later_and_later() -> None:
     waits = []
     for _ in range(10):
         migration.apply(Move.LOAD, LOTS[:1])
-        waits.append(migration.failed(LOTS[:1], now=0.0))
+        waits.append(migration.failed(LOTS[:1], now=0.0, why="a blob is damaged"))
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
     assert migration.barred(59.0) == {LOTS[0]}
     assert migration.retry_at(0.0) == 60.0
+    assert migration.trouble(59.0) == "a blob is damaged"
     assert migration.barred(60.0) == set()
+    assert migration.trouble(60.0) == ""
 
 
 def test_room_is_made_and_filled_by_whole_layers_where_there_is_room_for_one_lot_more() -> None:
