@@ -259,6 +259,8 @@ class Weights:
         self._collect_at = now + COLLECT_S
         try:
             self._missing(model, ())
+            if not self._spare and self._manifest is not None:
+                self._list_spare(self._manifest)  # the engine may have removed what was damaged
             excess = self._excess(0)
             return excess > 0 and self._delete(excess) > 0
         except (CoeldError, OSError) as exc:

@@ -132,6 +132,23 @@ def test_what_a_model_cannot_be_opened_without_is_fetched_again(tmp_path, tiny_s
     device.store.verify(tiny.trunk_blobs())
 
 
+def test_a_copy_that_was_damaged_and_removed_follows_again(
+    tmp_path, tiny_store, tiny, monkeypatch
+) -> None:
+    monkeypatch.setattr(weights, "COLLECT_S", 0.02)
+    device, lost = Device(tmp_path, spare_bytes=0), tiny.experts[1][5]
+    with_trunk(device, tiny_store, tiny)
+
+    async def main() -> None:
+        async with holding(tiny_store) as (holder, _server):
+            device.holders = [(tiny.hash, holder.host, holder.port)]
+            await device.until(lambda: all(map(device.store.has, tiny.blobs())))
+            device.store.delete([lost.sha256])
+            await device.until(lambda: device.store.has(lost))
+
+    asyncio.run(main())
+
+
 def test_lots_that_nobody_has_have_failed(tmp_path, tiny_store, tiny) -> None:
     device = Device(tmp_path)
     with_trunk(device, tiny_store, tiny)
