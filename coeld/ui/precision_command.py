@@ -73,6 +73,10 @@ def check(args: argparse.Namespace) -> None:
         raise BadRequest("--calibrate and --report go with --budget: how large may it be?")
     if args.budget is not None and args.calibrate is None:
         raise BadRequest("--budget needs --calibrate FILE: a text like those the model is for.")
+    if args.budget is not None and args.bits is not None:
+        raise BadRequest(
+            "--bits gives all experts one width, --budget chooses one for each: not both."
+        )
     if args.calibrate is not None:
         _read(args.calibrate)
 

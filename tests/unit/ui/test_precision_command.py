@@ -107,8 +107,18 @@ def test_a_budget_chooses_no_width_that_no_kernel_runs(
     assert 3 not in found
 
 
-@pytest.mark.parametrize("words", [["--budget", "1MB"], ["--calibrate", "text.txt"], ["--report"]])
-def test_a_budget_and_a_text_go_together(store: Store, tiny_gguf: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--budget", "1MB"],
+        ["--calibrate", "text.txt"],
+        ["--report"],
+        ["--budget", "1MB", "--calibrate", "text.txt", "--bits", "4"],
+    ],
+)
+def test_a_budget_and_a_text_go_together_and_without_a_width_for_all(
+    store: Store, tiny_gguf: Path, words: list[str]
+) -> None:
     with pytest.raises(BadRequest, match="--budget"):
         run("add", str(tiny_gguf), *words)
     assert store.names() == []
