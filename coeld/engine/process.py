@@ -345,7 +345,8 @@ class Engine:
             why = str(exc) or type(exc).__name__
         if bad:
             self._link.say("load_failed", lots=[lot for lot in lots if lot in bad], why=why)
-        if model is not None and (good := [lot for lot in lots if lot not in bad]):
+        good = [lot for lot in lots if lot not in bad]
+        if model is not None and (good or not bad):
             model.board.nudge()
             self._link.say("loaded", lots=good)
             self._refit()
