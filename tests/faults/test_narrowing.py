@@ -61,7 +61,9 @@ def test_a_swarm_that_became_too_small_answers_on_in_fewer_bits_and_gets_them_ba
         told = usage["x_coeld"]["narrow"]
         assert (told["of"], told["bits"]) == (experts, 4)
         assert 0 < told["experts"] <= experts
-        assert narrow(asker) == narrow(other) == told["experts"]
+        # The answer tells the most that were; what had to be only on the way is wide again.
+        left = poll(lambda: narrow(asker) == narrow(other) and narrow(asker))
+        assert 0 < left <= told["experts"]
         assert poll(asker.status)["node"]["routes"]["missing_bytes"] == 0
         for device in (asker, other):  # what the engines hold is what the budget allows
             held = poll(device.status)["engine"]["stats"]["weights_bytes"]
